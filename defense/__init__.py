@@ -1,0 +1,34 @@
+"""Adversarial defense with long-run energy-based models: tensors in, tensors out.
+
+rng, pixels         one generator per purpose; the two pixel ranges
+energy, classifier  the networks: ConvEnergy, WideResNet
+langevin            the chain, equation (3)
+eot                 EOTDefense, the defended classifier, equations (4)-(6)
+threat, attack      the ball and Algorithm 1, equations (7)-(10)
+bank, ebm_training  the persistent chains and Algorithm 2, equations (1)-(2)
+classifier_training natural training of the classifier
+"""
+
+from defense.attack import NEVER, AttackConfig, AttackRecord, run_attack, run_transfer
+from defense.classifier import WideResNet
+from defense.energy import ConvEnergy, freeze
+from defense.eot import EOTDefense, straight_through
+from defense.langevin import Chain, LangevinConfig, langevin
+from defense.threat import ThreatModel
+
+__all__ = [
+    "NEVER",
+    "AttackConfig",
+    "AttackRecord",
+    "Chain",
+    "ConvEnergy",
+    "EOTDefense",
+    "LangevinConfig",
+    "ThreatModel",
+    "WideResNet",
+    "freeze",
+    "langevin",
+    "run_attack",
+    "run_transfer",
+    "straight_through",
+]

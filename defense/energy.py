@@ -1,0 +1,83 @@
+"""The energy network: the lightweight ConvNet potential of Nijkamp et al. (2019)."""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class SmoothLeakyReLU(nn.Module):
+    """Leaky ReLU with its corner rounded over a width of about ``sqrt(softness)``.
+
+    h(x) = (1 + s)/2 x + (1 - s)/2 (sqrt(x^2 + e) - sqrt(e)), with s = 0.05 and e = 0.01. Its second
+    derivative is nonzero, so exact gradients through a chain carry information that a piecewise
+    linear energy hides.
+    """
+
+    def __init__(self, negative_slope: float = 0.05, softness: float = 0.01) -> None:
+        super().__init__()
+        self.negative_slope = negative_slope
+        self.softness = softness
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, e = self.negative_slope, self.softness
+        return 0.5 * (1.0 + s) * x + 0.5 * (1.0 - s) * ((x * x + e).sqrt() - math.sqrt(e))
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "leaky_relu": lambda: nn.LeakyReLU(0.05),
+    "smooth_leaky_relu": SmoothLeakyReLU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+}
+
+
+class ConvEnergy(nn.Module):
+    """Images (N,C,S,S) in net range [-1, 1] -> energies (N,).
+
+    The output is f = (tau^2 / 2) U, the authors' scaling, so that one Langevin step is
+    x - grad f(x) + tau z. A 3x3 convolution to ``width`` channels, then 4x4 convolutions of stride 2
+    that halve the image and double the channels until the side is at most 4, then one convolution
+    over what is left to a single number. 32x32x3 with width 32 gives the paper's 693,569 parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        channels: int = 3,
+        width: int = 32,
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__()
+        if image_size < 4:
+            raise ValueError(f"image_size: expected >= 4, got {image_size}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {list(ACTIVATIONS)}, got {activation!r}")
+        make_activation = ACTIVATIONS[activation]
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1), make_activation()]
+        side = image_size
+        while side > 4:
+            layers += [nn.Conv2d(width, 2 * width, 4, 2, 1), make_activation()]
+            width, side = 2 * width, side // 2
+        layers.append(nn.Conv2d(width, 1, side))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        energies: Tensor = self.layers(x)
+        return energies.flatten()
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable values in a module."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def freeze(module: Module) -> Module:
+    """Evaluation mode and no gradient to the weights: the state of every net that is not being trained."""
+    module.eval()
+    module.requires_grad_(False)
+    return module

@@ -1,0 +1,22 @@
+"""The two ranges of an image: pixels in [0, 1] outside, net range [-1, 1] inside."""
+
+import torch
+from torch import Tensor
+
+
+def to_net(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] -> net range [-1, 1]; any shape."""
+    return 2.0 * pixels - 1.0
+
+
+def to_pixels(net: Tensor) -> Tensor:
+    """Net range -> pixels. A chain is unbounded, so its pixels may leave [0, 1] a little.
+
+    The classifier is given them as they are, as in the authors' code; clamp only to show or save.
+    """
+    return 0.5 * (net + 1.0)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """uint8 (N,C,H,W) in 0..255 -> float32 pixels in [0, 1]."""
+    return images.to(torch.float32) / 255.0
