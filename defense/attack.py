@@ -64,10 +64,10 @@ class AttackRecord:
 
 
 def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the cross-entropy of the model's logits, (B,C,H,W), and those logits (B,classes).
+    """Gradient of the cross-entropy in x, (B,C,H,W), and the model's logits (B, classes).
 
-    For an `EOTDefense` this is equation (10) times a positive constant: the loss of the mean logits,
-    its gradient averaged over the purified replicas and applied to the image.
+    For an `EOTDefense` this is equation (10) times a positive constant: the loss of the mean
+    logits, its gradient averaged over the purified replicas and applied to the image.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
@@ -77,7 +77,7 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Best wrong logit minus the right one, (B,): positive exactly where the prediction is wrong."""
+    """Best wrong logit minus the right one, (B,): positive where the prediction is wrong."""
     right = logits.gather(1, y[:, None]).squeeze(1)
     wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1)
     return wrong - right

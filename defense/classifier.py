@@ -7,7 +7,7 @@ from defense.pixels import to_net
 
 
 class _Block(nn.Module):
-    """Pre-activation residual block; the stride is on the second convolution, as the authors have it."""
+    """Pre-activation residual block; as in the authors' code, the second convolution strides."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -28,10 +28,10 @@ class _Block(nn.Module):
 class WideResNet(nn.Module):
     """Images (B,C,S,S) in [0, 1] -> logits (B, classes).
 
-    ``depth`` = 6 n + 4 and ``width`` as in WRN-depth-width; WRN-28-10 is the paper's. The scaling to
-    [-1, 1] is the first thing it does. Convolutions carry biases, weights start Xavier-uniform with
-    gain sqrt(2), the last normalization has momentum 0.9: the authors' variant (FLOPs differ from
-    the standard network because a block's stride sits on its second convolution).
+    ``depth`` = 6 n + 4 and ``width`` as in WRN-depth-width; WRN-28-10 is the paper's. It
+    scales to [-1, 1] by itself. Convolutions carry biases, weights start Xavier-uniform with gain
+    sqrt(2), the last normalization has momentum 0.9: the authors' variant, 13 % more arithmetic
+    than the standard network because a block's stride sits on its second convolution.
     """
 
     def __init__(self, *, depth: int, width: int, classes: int, channels: int = 3) -> None:
@@ -51,6 +51,7 @@ class WideResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight, gain=2.0**0.5)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:

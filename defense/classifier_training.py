@@ -1,6 +1,7 @@
 """Natural training of the classifier: SGD with a step schedule, crops and flips. No adversary."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,14 +78,14 @@ class ClassifierTrainer:
             batch = augment(self.images[slots], self.config, generator=self.generator)
             loss = F.cross_entropy(self.classifier(batch), self.labels[slots])
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
             total += loss.detach() * len(slots)
         self.schedule.step()
         self.epochs_done += 1
         return float(total / len(self.images))
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on as if it had never stopped."""
         return {
             "classifier": self.classifier.state_dict(),
@@ -94,13 +95,13 @@ class ClassifierTrainer:
             "epochs_done": self.epochs_done,
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` saved, into a trainer made with the same arguments."""
-        self.classifier.load_state_dict(state["classifier"])  # type: ignore[arg-type]
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-        self.schedule.load_state_dict(state["schedule"])  # type: ignore[arg-type]
-        self.generator.set_state(state["generator"])  # type: ignore[arg-type]
-        self.epochs_done = int(state["epochs_done"])  # type: ignore[call-overload]
+        self.classifier.load_state_dict(state["classifier"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+        self.epochs_done = state["epochs_done"]
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class EBMTrainer:
         # 3. The maximum-likelihood gradient, equation (2).
         energy_gap = (self.energy(data).mean() - self.energy(states).mean()) / self.half_tau2
         self.optimizer.zero_grad(set_to_none=True)
-        energy_gap.backward()  # type: ignore[no-untyped-call]
+        energy_gap.backward()
         self.optimizer.step()
 
         self.batches_done += 1

@@ -39,9 +39,9 @@ class ConvEnergy(nn.Module):
     """Images (N,C,S,S) in net range [-1, 1] -> energies (N,).
 
     The output is f = (tau^2 / 2) U, the authors' scaling, so that one Langevin step is
-    x - grad f(x) + tau z. A 3x3 convolution to ``width`` channels, then 4x4 convolutions of stride 2
-    that halve the image and double the channels until the side is at most 4, then one convolution
-    over what is left to a single number. 32x32x3 with width 32 gives the paper's 693,569 parameters.
+    x - grad f(x) + tau z. A 3x3 convolution to ``width`` channels, then 4x4 convolutions of stride
+    2 that halve the image and double the channels until the side is at most 4, then one convolution
+    over what is left to a single number. 32x32x3 with width 32 has the paper's 693,569 parameters.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def freeze(module: Module) -> Module:
-    """Evaluation mode and no gradient to the weights: the state of every net that is not being trained."""
+    """Evaluation mode and no gradient to the weights: every net that is not being trained."""
     module.eval()
     module.requires_grad_(False)
     return module

@@ -1,4 +1,4 @@
-"""The defended classifier: Expectation-Over-Transformation over purified copies, equations (4)-(6)."""
+"""The defended classifier: Expectation Over Transformation, equations (4)-(6)."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ class EOTDefense(nn.Module):
         return self._generators[key]
 
     def purify(self, x: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """One chain per image: (N,C,H,W) in [0, 1] -> purified pixels, unclamped, without gradient."""
+        """One chain per image: (N,C,H,W) in [0, 1] -> purified pixels, unclamped, no gradient."""
         if self.config.steps == 0:
             return x.detach()
         generator = generator or self.own_generator(x.device)
@@ -96,7 +96,7 @@ class EOTDefense(nn.Module):
         copies = x.repeat(self.replicas, 1, 1, 1)
         purified = straight_through(copies, self.purify(copies, generator=generator))
         logits = torch.cat([self.classifier(part) for part in purified.split(self.max_chains)])
-        return logits.unflatten(0, (self.replicas, len(x)))
+        return logits.view(self.replicas, len(x), -1)
 
     def forward(self, x: Tensor, *, generator: Generator | None = None) -> Tensor:
         return self.replica_logits(x, generator=generator).mean(0)

@@ -10,7 +10,8 @@ def make_generator(seed: int, *purpose: str | int, device: torch.device | str = 
     """A fresh generator that depends only on the seed and on what the numbers are for.
 
     ``make_generator(0, "attack", "digits", 3)`` is the same stream in every process and in any
-    order of calls, so that a shard can be repeated or resumed alone. The global stream is untouched.
+    order of calls, so that a shard can be repeated or resumed alone. The global stream is left
+    untouched.
     """
     key = "/".join(map(str, (seed, *purpose))).encode()
     generator = Generator(device)

@@ -72,4 +72,6 @@ class ThreatModel:
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Length of the perturbation in pixel units, (B,)."""
-        return (x_adv - x).flatten(1).norm(p=torch.inf if self.norm == "linf" else 2.0, dim=1)
+        order = torch.inf if self.norm == "linf" else 2.0
+        lengths: Tensor = (x_adv - x).flatten(1).norm(p=order, dim=1)
+        return lengths
