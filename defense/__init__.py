@@ -7,12 +7,15 @@ eot                 EOTDefense, the defended classifier, equations (4)-(6)
 threat, attack      the ball and Algorithm 1, equations (7)-(10)
 bank, ebm_training  the persistent chains and Algorithm 2, equations (1)-(2)
 classifier_training natural training of the classifier
+inference           frozen networks, asked in pieces
+diagnostics         states along chains, the spread of mean logits
 """
 
 from defense.attack import NEVER, AttackConfig, AttackRecord, run_attack, run_transfer
 from defense.classifier import WideResNet
-from defense.energy import ConvEnergy, freeze
+from defense.energy import ConvEnergy
 from defense.eot import EOTDefense, straight_through
+from defense.inference import freeze
 from defense.langevin import Chain, LangevinConfig, langevin
 from defense.threat import ThreatModel
 

@@ -7,6 +7,7 @@
 | transfer                  | (images of the PGD above)  | defense, H_def        |
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -92,13 +93,14 @@ def run_attack(
     config: AttackConfig,
     *,
     generator: Generator,
+    on_step: Callable[[int], None] | None = None,
 ) -> AttackRecord:
     """Attack images x (B,C,H,W) in [0, 1] with labels y (B,); Hill et al. (2021), Algorithm 1.
 
     The surrogate gives gradients and points out suspects; only the target can declare a break, all
     suspects of a step in one batch. A break is final. N updates make N + 1 iterates, the random
     start and the last one included, and each is judged. Both models own their noise; ``generator``
-    draws the random starts.
+    draws the random starts; ``on_step`` is told after every step how many images are still robust.
     """
     clean_logits = target(x)
     adversarial = x.clone()
@@ -134,6 +136,8 @@ def run_attack(
             x_adv = config.threat.project(x_adv, x[active])
             if config.stop_at_break:
                 active, x_adv = active[~struck], x_adv[~struck]
+            if on_step is not None:
+                on_step(int((attackable & (broken_at == NEVER)).sum()))
 
     return AttackRecord(adversarial, clean_logits, target(adversarial), broken_at, broken_in)
 

@@ -102,9 +102,3 @@ class ClassifierTrainer:
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         self.epochs_done = state["epochs_done"]
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, *, batch: int = 1000) -> Tensor:
-    """Logits (N, classes) of a model for pixels (N,C,S,S), in pieces, without gradients."""
-    return torch.cat([model(part) for part in images.split(batch)])

@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 from torch import Tensor, nn
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class SmoothLeakyReLU(nn.Module):
@@ -74,10 +71,3 @@ class ConvEnergy(nn.Module):
 def count_parameters(module: nn.Module) -> int:
     """Number of trainable values in a module."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def freeze(module: Module) -> Module:
-    """Evaluation mode and no gradient to the weights: every net that is not being trained."""
-    module.eval()
-    module.requires_grad_(False)
-    return module

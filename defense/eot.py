@@ -40,9 +40,10 @@ class EOTDefense(nn.Module):
     gradient of the output is the BPDA+EOT gradient (eq. 10), so any attack library can attack the
     module as it is.
 
-    The noise comes from the module's own generator, seeded by ``seed`` and advanced by every call:
-    an attack library that re-seeds torch's global stream does not repeat it. At most ``max_chains``
-    chains run at a time; the order of the noise depends on that number, so it belongs to a record.
+    The noise comes from the module's own generator, seeded by ``seed`` (a number or a name) and
+    advanced by every call: an attack library that re-seeds torch's global stream does not repeat
+    it. At most ``max_chains`` chains run at a time; the order of the noise depends on that number,
+    so it belongs to a record.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class EOTDefense(nn.Module):
         *,
         replicas: int,
         max_chains: int = 2048,
-        seed: int = 0,
+        seed: int | str = 0,
         chain: Chain = langevin,
     ) -> None:
         super().__init__()

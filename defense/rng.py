@@ -6,7 +6,9 @@ import torch
 from torch import Generator
 
 
-def make_generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> Generator:
+def make_generator(
+    seed: int | str, *purpose: str | int, device: torch.device | str = "cpu"
+) -> Generator:
     """A fresh generator that depends only on the seed and on what the numbers are for.
 
     ``make_generator(0, "attack", "digits", 3)`` is the same stream in every process and in any

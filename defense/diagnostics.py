@@ -1,0 +1,51 @@
+"""What one looks at to judge a defense: states along chains, the spread of mean logits."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from defense.langevin import Chain, EnergyFn, LangevinConfig
+
+
+def states_at(
+    energy: EnergyFn,
+    x: Tensor,
+    grid: Sequence[int],
+    *,
+    tau: float,
+    chain: Chain,
+    generator: Generator,
+    max_chains: int,
+) -> Tensor:
+    """States of chains after each number of steps in ``grid``: x (N,C,H,W) -> (len(grid),N,C,H,W).
+
+    One chain per image passes through the whole grid (ascending), all in net range.
+    """
+    if list(grid) != sorted(set(grid)) or grid[0] < 0:
+        raise ValueError(f"grid: expected ascending steps >= 0, got {list(grid)}")
+    parts = []
+    for state in x.split(max_chains):
+        reached, states = 0, []
+        for steps in grid:
+            config = LangevinConfig(steps - reached, tau)
+            state = chain(energy, state, config, generator=generator)
+            states.append(state)
+            reached = steps
+        parts.append(torch.stack(states))
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def energies(energy: EnergyFn, x: Tensor, *, tau: float, batch: int) -> Tensor:
+    """U(x) in nats, (N,C,H,W) in net range -> (N,); the network itself returns (tau^2 / 2) U."""
+    return torch.cat([energy(part) for part in x.split(batch)]) / (0.5 * tau**2)
+
+
+def mean_logit_draws(replica_logits: Tensor, count: int) -> Tensor:
+    """Independent draws of F_H for H = ``count``: (R, ...) -> (R // count, ...).
+
+    Each draw is the mean over its own ``count`` replicas (Hill et al. 2021, Figure 3).
+    """
+    draws = len(replica_logits) // count
+    return replica_logits[: draws * count].view(draws, count, *replica_logits.shape[1:]).mean(1)

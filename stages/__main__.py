@@ -1,0 +1,5 @@
+"""``python -m stages STAGE ...`` is ``stochsec STAGE ...``."""
+
+from stages.cli import app
+
+app(prog_name="stochsec")

@@ -1,0 +1,159 @@
+"""Images, weights, training states and records on disk."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from defense.attack import AttackRecord
+from stages import StageError
+from stages.files import Whole
+
+
+def _require(path: Path, made_by: str) -> None:
+    if not path.is_file():
+        raise StageError(f"{path}: no such file; {made_by} makes it")
+
+
+# Images
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 images (N,C,S,S), labels (N,) int64 and their places (N,) in the source."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+def save_images(path: Path, train: Images, test: Images) -> None:
+    """Both splits in one .npz of uint8 (N,C,S,S) arrays."""
+    arrays = {
+        f"{split}_{field.name}": getattr(part, field.name).numpy()
+        for split, part in (("train", train), ("test", test))
+        for field in fields(Images)
+    }
+    with Whole(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_images(path: Path, split: str, count: int | None = None) -> Images:
+    """The first ``count`` images (None: all) of "train" or "test"."""
+    _require(path, "`stochsec prepare-data`")
+    try:
+        with np.load(path) as arrays:
+            parts = [arrays[f"{split}_{field.name}"][:count] for field in fields(Images)]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise StageError(
+            f"{path}: not an image file of `stochsec prepare-data` ({error})"
+        ) from None
+    if count is not None and len(parts[0]) < count:
+        raise StageError(f"{path}: expected at least {count} {split} images, got {len(parts[0])}")
+    return Images(*map(torch.from_numpy, parts))
+
+
+# Weights and training states
+
+
+def save_weights(path: Path, module: nn.Module) -> None:
+    """The weights of a network as safetensors."""
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
+    }
+    save_tensors(path, tensors, {})
+
+
+def load_weights(path: Path, module: nn.Module, made_by: str) -> None:
+    """Fill a network from a file; `StageError` if it is missing, corrupt or of another shape."""
+    _require(path, made_by)
+    tensors, _ = load_tensors(path)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StageError(f"{path}: weights do not fit {type(module).__name__}: {reason}") from None
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """The state of a training run; tensors and plain values only."""
+    with Whole(path) as partial:
+        torch.save(dict(state), partial)
+
+
+def load_state(path: Path, made_by: str, device: torch.device) -> dict[str, Any]:
+    """Read what `save_state` wrote, onto a device; generator states stay on the CPU."""
+    _require(path, made_by)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise StageError(f"{path}: not a readable training state ({error})") from None
+    state["generator"] = state["generator"].cpu()
+    return state
+
+
+# Records
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
+    """Named tensors with a description (any JSON) as safetensors."""
+    with Whole(path) as partial:
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(contiguous, partial, metadata={"about": json.dumps(about, sort_keys=True)})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: tensors and description."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StageError(f"{path}: not a readable safetensors file ({error})") from None
+    return tensors, about
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """An attack record with its images: what the report judges."""
+
+    images: Images
+    record: AttackRecord
+    about: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file."""
+        tensors = {field.name: getattr(self.record, field.name) for field in fields(AttackRecord)}
+        save_tensors(path, {**vars(self.images), **tensors}, self.about)
+
+    @classmethod
+    def load(cls, path: Path, made_by: str = "`stochsec attack`") -> "AttackResult":
+        """Read what `save` wrote."""
+        _require(path, made_by)
+        tensors, about = load_tensors(path)
+        try:
+            images = Images(**{f.name: tensors[f.name] for f in fields(Images)})
+            record = AttackRecord(**{f.name: tensors[f.name] for f in fields(AttackRecord)})
+        except KeyError as error:
+            raise StageError(f"{path}: not an attack record, it lacks {error}") from None
+        return cls(images, record, about)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["AttackResult"]) -> "AttackResult":
+        """Several shards as one record, with the description of the first."""
+
+        def joined(kind: type, values: list[Any]) -> Any:
+            return kind(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(kind)))
+
+        images = joined(Images, [part.images for part in parts])
+        record = joined(AttackRecord, [part.record for part in parts])
+        return cls(images, record, parts[0].about)

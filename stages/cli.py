@@ -1,0 +1,289 @@
+"""The command line: one command per stage, with every path it reads and writes as an option."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages import StageError, presets
+from stages.console import say
+from stages.files import Paths, reports, write_text
+from stages.params import Params, load_params
+from stages.resume import Stopped
+
+app = typer.Typer(
+    help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
+    "robust it is. Each stage command is one stage of the workflow that `dvc repro` runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Dataset = Annotated[str, typer.Argument(help="A dataset named under `datasets` in params.yaml.")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the experiment.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:1; else $STOCHSEC_DEVICE, else a GPU if there is one."),
+]
+MaxChains = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Chains that advance together (memory); else $STOCHSEC_MAX_CHAINS, else 200 on a "
+        "CPU and 4096 on a GPU.",
+    ),
+]
+ImagesFile = Annotated[
+    Path | None,
+    typer.Option("--images", help="Images; default artifacts/RUN/data/DATASET.npz."),
+]
+ClassifierFile = Annotated[
+    Path | None,
+    typer.Option("--classifier", help="Classifier weights; default models/DATASET/classifier."),
+]
+EnergyFile = Annotated[
+    Path | None,
+    typer.Option("--energy", help="Energy weights; default models/DATASET/ebm_convergent."),
+]
+PGDRecord = Annotated[
+    Path | None,
+    typer.Option("--pgd", help="Record of PGD on the bare classifier, whose images are judged."),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Where to write instead of the default.")]
+
+DEFAULT_PARAMS = Path("params.yaml")
+
+
+@contextmanager
+def _stage(params_file: Path) -> Iterator[Params]:
+    """Validated parameters; one line and an exit status for whatever the user can mend.
+
+    DVC records parameters when a stage ends, so a file edited meanwhile is an error.
+    """
+    try:
+        params = load_params(params_file)
+        yield params
+        if load_params(params_file) != params:
+            raise StageError(f"{params_file}: changed while the stage ran; run it again")
+    except StageError as error:
+        say(f"error: {error}")
+        raise typer.Exit(2) from None
+    except Stopped:
+        say("stopped; what is done is kept, run the same command to go on")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def prepare_data(
+    dataset: Dataset, params_file: ParamsFile = DEFAULT_PARAMS, out: Out = None
+) -> None:
+    """Fetch or read the images of DATASET, check them, write them as one file."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import prepare_data as stage
+
+        stage.run(params, dataset, out or Paths(params.run, dataset).images)
+
+
+@app.command()
+def train_classifier(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """Train the classifier that is to be secured, naturally. Resumes after a kill."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import train_classifier as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device),
+            images=images or paths.images,
+            out=out or paths.model("classifier"),
+            history=paths.history("classifier"),
+        )
+
+
+@app.command()
+def train_ebm(
+    dataset: Dataset,
+    phase: Annotated[
+        str, typer.Argument(help="adam (phase 1), convergent (phase 2, SGD) or nonconvergent.")
+    ],
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    start: Annotated[
+        Path | None, typer.Option(help="State that phase adam left; default ebm_adam.state.pt.")
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+) -> None:
+    """Train the energy, Algorithm 2, one phase. Resumes after a kill."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import train_ebm as stage
+        from stages.hardware import Hardware
+
+        paths, name = Paths(params.run, dataset), f"ebm_{phase}"
+        stage.run(
+            params,
+            dataset,
+            phase,
+            Hardware.choose(device),
+            images=images or paths.images,
+            start=start or paths.state("ebm_adam"),
+            out=out or paths.model(name),
+            state_out=paths.state(name),
+            history=paths.history(name),
+        )
+
+
+@app.command()
+def attack(
+    dataset: Dataset,
+    attack: Annotated[
+        str,
+        typer.Argument(
+            help="pgd (bare classifier), transfer_short, transfer_long (its images against the "
+            "defense with K_short and K steps) or bpda_eot (Algorithm 1)."
+        ),
+    ],
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    classifier: ClassifierFile = None,
+    energy: EnergyFile = None,
+    pgd: PGDRecord = None,
+    out: Out = None,
+    device: Device = None,
+    max_chains: MaxChains = None,
+) -> None:
+    """Attack the classifier or its defense on the test images. Resumes after a kill."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import attack as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            attack,
+            Hardware.choose(device, max_chains),
+            images=images or paths.images,
+            classifier=classifier or paths.model("classifier"),
+            energy=energy or paths.model("ebm_convergent"),
+            pgd=pgd or paths.record("pgd"),
+            out=out or paths.record(attack),
+        )
+
+
+@app.command()
+def compare(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    classifier: ClassifierFile = None,
+    convergent: Annotated[
+        Path | None, typer.Option(help="Energy of phase 2; default ebm_convergent.")
+    ] = None,
+    nonconvergent: Annotated[
+        Path | None, typer.Option(help="Energy of the Adam branch; default ebm_nonconvergent.")
+    ] = None,
+    pgd: PGDRecord = None,
+    out: Out = None,
+    device: Device = None,
+    max_chains: MaxChains = None,
+) -> None:
+    """Compare convergent with non-convergent learning over the number of Langevin steps."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import compare as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, max_chains),
+            images=images or paths.images,
+            classifier=classifier or paths.model("classifier"),
+            models={
+                "convergent": convergent or paths.model("ebm_convergent"),
+                "nonconvergent": nonconvergent or paths.model("ebm_nonconvergent"),
+            },
+            pgd=pgd or paths.record("pgd"),
+            out=out or paths.record("compare"),
+        )
+
+
+@app.command()
+def diagnose(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    classifier: ClassifierFile = None,
+    energy: EnergyFile = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Training state with the bank; default ebm_convergent.state.pt."),
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+    max_chains: MaxChains = None,
+) -> None:
+    """Record the spread of the defense's logits and samples of short and long chains."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import diagnose as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, max_chains),
+            images=images or paths.images,
+            classifier=classifier or paths.model("classifier"),
+            energy=energy or paths.model("ebm_convergent"),
+            state=state or paths.state("ebm_convergent"),
+            out=out or paths.record("diagnose"),
+        )
+
+
+@app.command()
+def report(
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    out: Annotated[Path | None, typer.Option(help="Folder; default reports/RUN.")] = None,
+) -> None:
+    """Write Tables 1-3 and the figures from the records; print the tables."""
+    with _stage(params_file) as params:
+        from stages import report as stage
+
+        stage.run(params, out or reports(params.run))
+
+
+@app.command()
+def preset(
+    name: Annotated[
+        str | None, typer.Argument(help="digits or paper; without a name, list them.")
+    ] = None,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Write params.yaml for a preset: digits (the small default) or paper (full scale)."""
+    try:
+        if name is None:
+            say("presets: " + ", ".join(presets.names()))
+        else:
+            write_text(params_file, presets.text(name))
+            say(f"{params_file} is now preset {name}; `dvc repro` runs it")
+    except StageError as error:
+        say(f"error: {error}")
+        raise typer.Exit(2) from None

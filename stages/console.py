@@ -1,0 +1,84 @@
+"""What a person sees while a stage works."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+
+
+class Track:
+    """A progress line: done of total, rate, time left, and the numbers one watches.
+
+    On a terminal it is a live bar; in a log it is one line every ``log_every`` seconds.
+    """
+
+    log_every = 15.0
+
+    def __init__(self, what: str, total: int, *, unit: str, done: int = 0) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.first, self.started, self.logged = done, time.monotonic(), time.monotonic()
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            columns = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[watch]}"),
+            ]
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task(what, total=total, completed=done, rate="", watch="")
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.bar.start()
+        if self.done:
+            console.print(f"{self.what}: resumed at {self.done} of {self.total} {self.unit}")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, count: int = 1, watch: str = "") -> None:
+        """``count`` units more are done; ``watch`` is shown beside them."""
+        self.done += count
+        now = time.monotonic()
+        rate = (self.done - self.first) / max(now - self.started, 1e-9)
+        if self.bar is not None:
+            shown = f"{rate:.3g} {self.unit}/s"
+            self.bar.update(self.task, completed=self.done, rate=shown, watch=watch)
+        elif now - self.logged >= self.log_every and self.done < self.total:
+            self.logged = now
+            left = (self.total - self.done) / rate if rate else float("inf")
+            print(
+                f"{self.what}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, "
+                f"{left:.0f} s left  {watch}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    console.print(message, soft_wrap=True, markup=False)

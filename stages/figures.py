@@ -1,0 +1,169 @@
+"""The figures: one style, colour-blind safe, PNG and SVG, no date inside."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from defense.diagnostics import mean_logit_draws
+from defense.pixels import to_pixels
+from stages.files import Whole
+
+matplotlib.use("Agg")
+
+# Okabe & Ito's palette.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+    "savefig.bbox": "tight",
+    "svg.hashsalt": "stochsec",
+}
+CURVES = {
+    "natural": ("natural images", BLUE, "o"),
+    "transfer": ("PGD images of the bare classifier", ORANGE, "s"),
+    "bpda_eot": ("BPDA+EOT", GREEN, "^"),
+}
+MODELS = {"convergent": "convergent (Adam, then SGD)", "nonconvergent": "non-convergent (Adam)"}
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """``stem``.png and ``stem``.svg, the same bytes for the same numbers."""
+    with matplotlib.rc_context(STYLE):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            with Whole(stem.with_name(f"{stem.name}.{kind}")) as partial:
+                figure.savefig(partial, format=kind, metadata=metadata)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def over_steps(curve: pd.DataFrame, chosen: int) -> Figure:
+    """Figure 4: accuracy over K, convergent and non-convergent side by side."""
+    figure, axes = _figure(1, 2, (8.0, 3.2))
+    for ax, (model, title) in zip(axes, MODELS.items(), strict=True):
+        for images, (label, colour, marker) in CURVES.items():
+            part = curve[(curve.model == model) & (curve.images == images)]
+            if part.empty:
+                continue
+            label = f"{label} (n={part.n.iloc[0]})"
+            ax.plot(part.K, part.accuracy, color=colour, marker=marker, ms=4, label=label)
+            ax.fill_between(part.K, part.low, part.high, color=colour, alpha=0.15, lw=0)
+        ax.axvline(chosen, color=GREY, ls=":", lw=1)
+        ax.annotate(
+            f"K={chosen}",
+            (chosen, 0.02),
+            xytext=(3, 0),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=8,
+        )
+        ax.set_xscale("symlog", linthresh=10)
+        ax.set(title=title, xlabel="Langevin steps K", ylim=(0, 1), ylabel="accuracy")
+    axes[0].legend(loc="lower right", fontsize=7.5)
+    return figure
+
+
+def energy_over_steps(compared: dict[str, Tensor]) -> Figure:
+    """Mean energy along the chains of Figure 4."""
+    figure, axes = _figure(1, 2, (8.0, 2.8))
+    steps = compared["K"].numpy()
+    for ax, (model, title) in zip(axes, MODELS.items(), strict=True):
+        start = compared[f"{model}/natural/energies"][0].mean()
+        for images in ("natural", "transfer"):
+            label, colour, marker = CURVES[images]
+            levels = compared[f"{model}/{images}/energies"] - start
+            ax.plot(steps, levels.mean(1), color=colour, marker=marker, ms=4, label=label)
+            low, high = np.quantile(levels.numpy(), (0.1, 0.9), axis=1)
+            ax.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        ax.set_xscale("symlog", linthresh=10)
+        ax.set(title=title, xlabel="Langevin steps K", ylabel="U(chain) - mean U(natural)  [nats]")
+    axes[0].legend(fontsize=7.5)
+    return figure
+
+
+def logit_histograms(diagnosed: dict[str, Tensor], sizes: Sequence[int]) -> Figure:
+    """Figure 3: draws of F_H for a safe and a borderline image, right class against runner-up."""
+    figure, axes = _figure(len(sizes), 2, (7.0, 1.5 * len(sizes) + 0.5))
+    logits, labels = diagnosed["replica_logits"], diagnosed["labels"].tolist()
+    for column, (name, label) in enumerate(zip(("safe", "borderline"), labels, strict=True)):
+        mean = logits[:, column].mean(0)
+        rival = int(mean.scatter(0, torch.tensor(label), -torch.inf).argmax())
+        for row, size in enumerate(sizes):
+            ax = axes[2 * row + column]
+            draws = mean_logit_draws(logits[:, column], size)
+            wrong = float((draws.argmax(1) != label).float().mean())
+            bins = np.linspace(
+                float(logits[:, column, [label, rival]].min()),
+                float(logits[:, column, [label, rival]].max()),
+                50,
+            )
+            for j, colour, who in ((label, BLUE, "right class"), (rival, ORANGE, "runner-up")):
+                ax.hist(
+                    draws[:, j].numpy(),
+                    bins=bins.tolist(),
+                    density=True,
+                    color=colour,
+                    alpha=0.6,
+                    label=f"{who}: {j}",
+                )
+                ax.axvline(float(mean[j]), color=colour, ls="--", lw=1)
+            ax.set(yticks=[], title=f"{name} image, H={size}: {wrong:.1%} of {len(draws)} wrong")
+            if row == 0:
+                ax.legend(fontsize=7.5)
+            if row == len(sizes) - 1:
+                ax.set_xlabel("mean logit")
+    return figure
+
+
+def _show(ax: Axes, states: Tensor, title: str) -> None:
+    """A row of images, (S,C,H,W) in net range."""
+    pixels = to_pixels(states).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    strip = np.concatenate(
+        [np.pad(image, ((0, 0), (0, 1), (0, 0)), constant_values=1.0) for image in pixels], axis=1
+    )
+    ax.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(title, loc="left", fontsize=8)
+
+
+def sample_grid(diagnosed: dict[str, Tensor], chosen: int) -> Figure:
+    """Figure 2, last column: persistent (short-run) samples and chains of growing length."""
+    grid = diagnosed["grid"].tolist()
+    rows = [("persistent chains of training", diagnosed["bank"])]
+    for steps, states in zip(grid, diagnosed["states"], strict=True):
+        name = "test images" if steps == 0 else f"after {steps} steps"
+        rows.append((name + (" (the defense)" if steps == chosen else ""), states))
+    figure, axes = _figure(len(rows), 1, (6.5, 0.85 * len(rows)))
+    for ax, (title, states) in zip(axes, rows, strict=True):
+        _show(ax, states, title)
+    return figure
+
+
+def two_models(compared: dict[str, Tensor]) -> Figure:
+    """Chains from the same test images under both energies, at four lengths."""
+    steps = compared["K"].tolist()
+    picks = sorted({0, len(steps) // 2, 3 * len(steps) // 4, len(steps) - 1})
+    figure, axes = _figure(len(picks), 2, (9.0, 0.75 * len(picks)))
+    for column, (model, title) in enumerate(MODELS.items()):
+        samples = compared[f"{model}/natural/samples"]
+        for row, i in enumerate(picks):
+            _show(axes[2 * row + column], samples[i], f"{title}, K={steps[i]}")
+    return figure

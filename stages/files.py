@@ -1,0 +1,76 @@
+"""Where things are, and how a file is written: whole, then renamed. No torch here."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every file of one dataset in one run; dvc.yaml states the same names."""
+
+    run: str
+    dataset: str
+    root: Path = Path()
+
+    @property
+    def images(self) -> Path:
+        """Train and test images with labels."""
+        return self.root / f"artifacts/{self.run}/data/{self.dataset}.npz"
+
+    def model(self, name: str) -> Path:
+        """Weights: classifier, ebm_adam, ebm_convergent or ebm_nonconvergent."""
+        return self.root / f"artifacts/{self.run}/models/{self.dataset}/{name}.safetensors"
+
+    def state(self, name: str) -> Path:
+        """The state of training (weights, optimizer, bank, generator) that a next phase needs."""
+        return self.root / f"artifacts/{self.run}/models/{self.dataset}/{name}.state.pt"
+
+    def record(self, name: str) -> Path:
+        """What a stage measured, as tensors with a description."""
+        return self.root / f"artifacts/{self.run}/records/{self.dataset}/{name}.safetensors"
+
+    def history(self, name: str) -> Path:
+        """The curve of a training run."""
+        return self.root / f"artifacts/{self.run}/records/{self.dataset}/{name}.csv"
+
+
+def reports(run: str) -> Path:
+    """The folder of a run's tables and figures, kept in git."""
+    return Path(f"reports/{run}")
+
+
+class Whole:
+    """``with Whole(path) as partial:`` write to ``partial``; it becomes ``path`` at the end.
+
+    A reader never sees half a file, and a failure leaves the old one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.partial")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.partial
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.partial.replace(self.path)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with Whole(path) as partial:
+        partial.write_text(text)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write rows under a header."""
+    with Whole(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)

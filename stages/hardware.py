@@ -1,0 +1,29 @@
+"""What belongs to the machine and not to the experiment."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from stages import StageError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device and how much runs at once: options or environment, never params.yaml."""
+
+    device: torch.device
+    max_chains: int  # chains that advance together
+
+    @classmethod
+    def choose(cls, device: str | None = None, max_chains: int | None = None) -> "Hardware":
+        """Options first, then STOCHSEC_DEVICE and STOCHSEC_MAX_CHAINS, then what is here."""
+        name = device or os.environ.get("STOCHSEC_DEVICE")
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            chosen = torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise StageError(f"device: {name!r} cannot be used ({error})") from None
+        default = 200 if chosen.type == "cpu" else 4096  # a CPU is fastest inside its cache
+        chains = max_chains or int(os.environ.get("STOCHSEC_MAX_CHAINS", default))
+        return cls(chosen, chains)

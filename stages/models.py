@@ -1,0 +1,62 @@
+"""A classifier and an energy together: the defenses of one dataset."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from defense.classifier import WideResNet
+from defense.energy import ConvEnergy
+from defense.eot import EOTDefense
+from defense.langevin import LangevinConfig
+from defense.threat import ThreatModel
+from stages.engine import choose_chain
+from stages.hardware import Hardware
+from stages.params import Params
+from stages.train_classifier import load_classifier
+from stages.train_ebm import load_energy
+
+
+@dataclass(frozen=True)
+class Nets:
+    """A classifier and an energy of one dataset, and the defenses they make."""
+
+    params: Params
+    dataset: str
+    hardware: Hardware
+    classifier: WideResNet
+    energy: ConvEnergy
+
+    @classmethod
+    def load(
+        cls,
+        params: Params,
+        dataset: str,
+        hardware: Hardware,
+        *,
+        classifier: Path,
+        energy: Path,
+    ) -> "Nets":
+        """From the weights of both."""
+        return cls(
+            params,
+            dataset,
+            hardware,
+            load_classifier(params, dataset, hardware, classifier),
+            load_energy(params, dataset, hardware, energy),
+        )
+
+    def defense(self, steps: int, replicas: int, purpose: str) -> EOTDefense:
+        """The defended classifier; every purpose has noise of its own."""
+        return EOTDefense(
+            self.classifier,
+            self.energy,
+            LangevinConfig(steps, self.params.dataset(self.dataset).tau),
+            replicas=replicas,
+            max_chains=self.hardware.max_chains,
+            seed=f"{self.params.seed}/{self.dataset}/{purpose}",
+            chain=choose_chain(),
+        )
+
+
+def threat(params: Params) -> ThreatModel:
+    """The threat model of the experiment."""
+    return ThreatModel(params.attack.norm, params.attack.eps_255)

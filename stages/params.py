@@ -1,0 +1,219 @@
+"""params.yaml as typed, validated sections. No torch here: a wrong value is reported at once."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stages import StageError
+
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: every key is required, no other key is allowed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClassifierTraining(Section):
+    """SGD with a step schedule; the fields of `defense.ClassifierTrainConfig`."""
+
+    epochs: Count
+    batch: Count
+    learning_rate: Positive
+    milestones: tuple[Count, ...]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NotNegative
+    crop: CountOrNone
+    flip: bool
+
+
+class Dataset(Section):
+    """What differs between datasets."""
+
+    source: Literal["embedded", "torchvision", "npz", "folder"]
+    path: str | None
+    image_size: Annotated[int, Field(ge=4)]
+    channels: Literal[1, 3]
+    classes: Annotated[int, Field(ge=2)]
+    train_images: Count | None
+    test_images: Count | None
+    tau: Positive
+    data_noise: NotNegative
+    adam_lr: Positive
+    sgd_lr: Positive
+    classifier: ClassifierTraining
+
+
+class Classifier(Section):
+    """Size of the Wide ResNet; depth is 6 n + 4."""
+
+    depth: Annotated[int, Field(ge=10)]
+    width: Count
+
+    @model_validator(mode="after")
+    def _depth_fits(self) -> Self:
+        if (self.depth - 4) % 6:
+            raise ValueError(f"depth: expected 6 n + 4, got {self.depth}")
+        return self
+
+
+class Energy(Section):
+    """Size and activation of the energy network."""
+
+    width: Count
+    activation: Literal["leaky_relu", "smooth_leaky_relu", "silu", "softplus"]
+
+
+class EBM(Section):
+    """Algorithm 2."""
+
+    batch: Count
+    steps: Count
+    adam_batches: Count
+    sgd_batches: Count
+
+
+class Langevin(Section):
+    """The defense: chain lengths and replicas."""
+
+    K: Count
+    K_short: Count
+    H_adv: Count
+    H_def: Count
+
+
+class PGD(Section):
+    """Size of one attack."""
+
+    images: Count
+    steps: CountOrNone
+    restarts: Count
+
+
+class Transfer(Section):
+    """How transferred images are judged."""
+
+    images: Count
+    replicas: Count
+
+
+class Attack(Section):
+    """The threat model and the attacks."""
+
+    norm: Literal["linf", "l2"]
+    eps_255: NotNegative
+    step_255: NotNegative
+    shard: Count
+    pgd: PGD
+    transfer: Transfer
+    bpda_eot: PGD
+
+    @model_validator(mode="after")
+    def _transfer_has_images(self) -> Self:
+        if self.transfer.images > self.pgd.images:
+            raise ValueError(
+                f"transfer.images: expected <= pgd.images = {self.pgd.images}, "
+                f"got {self.transfer.images}"
+            )
+        return self
+
+
+class CompareAttack(Section):
+    """BPDA+EOT at every K of the comparison; no images, no attack."""
+
+    images: CountOrNone
+    steps: CountOrNone
+    H_adv: Count
+    H_def: Count
+
+
+class Compare(Section):
+    """Convergent against non-convergent learning."""
+
+    K: Annotated[tuple[CountOrNone, ...], Field(min_length=1)]
+    images: Count
+    replicas: Count
+    bpda_eot: CompareAttack
+
+
+class Diagnose(Section):
+    """Logit histograms and sampled chains."""
+
+    images: Count
+    replicas: Count
+    H: Annotated[tuple[Count, ...], Field(min_length=1)]
+    long_steps: Count
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    run: Name
+    seed: CountOrNone
+    datasets: Annotated[tuple[Name, ...], Field(min_length=1)]
+    compare_dataset: Name
+    data: dict[Name, Dataset]
+    classifier: Classifier
+    energy: Energy
+    ebm: EBM
+    langevin: Langevin
+    attack: Attack
+    compare: Compare
+    diagnose: Diagnose
+
+    @model_validator(mode="after")
+    def _datasets_have_sections(self) -> Self:
+        for name in self.datasets:
+            if name not in self.data:
+                raise ValueError(f"datasets: expected names among {list(self.data)}, got {name!r}")
+        if self.compare_dataset not in self.datasets:
+            raise ValueError(
+                f"compare_dataset: expected one of {list(self.datasets)}, "
+                f"got {self.compare_dataset!r}"
+            )
+        return self
+
+    def dataset(self, name: str) -> Dataset:
+        """The section of one dataset, or an error that says which there are."""
+        if name not in self.datasets:
+            raise StageError(f"dataset: expected one of {list(self.datasets)}, got {name!r}")
+        return self.data[name]
+
+
+def load_params(path: Path) -> Params:
+    """Read and validate a whole params file; `StageError` names path, value and what is allowed."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; `stochsec preset digits` writes one") from None
+    except yaml.YAMLError as error:
+        raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return validate_params(values, path)
+
+
+def validate_params(values: Any, origin: Path) -> Params:
+    """Plain values -> Params; ``origin`` is named in the message."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise StageError(f"{origin}: " + "; ".join(map(_describe, error.errors()))) from None
+
+
+def _describe(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return f"{where}.{message}" if where else message
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    if error["type"] == "extra_forbidden":
+        return f"{where} = {error['input']!r}: no such parameter"
+    message = error["msg"].replace("Input should be ", "expected ")
+    return f"{where} = {error['input']!r}: {message[0].lower()}{message[1:]}"

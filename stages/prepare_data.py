@@ -1,0 +1,151 @@
+"""Stage 1: images from a source into one file, checked, in a fixed random order."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from defense.rng import make_generator
+from stages import StageError
+from stages.artifacts import Images, save_images
+from stages.console import Track, say
+from stages.params import Dataset, Params
+
+SPLITS = ("train", "test")
+
+
+def run(params: Params, dataset: str, out: Path) -> None:
+    """Read, check, shuffle and write both splits of a dataset."""
+    section = params.dataset(dataset)
+    root = Path(section.path or f"data/{dataset}")
+    parts = []
+    for split in SPLITS:
+        images, labels, origin = read_split(section, dataset, root, split)
+        check(images, labels, section, origin)
+        # A random order, fixed for ever, so that the first n images are a fair sample.
+        order = torch.randperm(len(labels), generator=make_generator(0, "order", dataset, split))
+        count = section.train_images if split == "train" else section.test_images
+        if count is not None and count > len(labels):
+            raise StageError(f"{origin}: expected at least {count} images, got {len(labels)}")
+        order = order[:count]
+        parts.append(Images(images[order], labels[order], order))
+        say(f"{dataset} {split}: {len(order)} of {len(labels)} images from {origin}")
+    save_images(out, *parts)
+
+
+def read_split(
+    section: Dataset, dataset: str, root: Path, split: str
+) -> tuple[Tensor, Tensor, str]:
+    """uint8 images (N,C,H,W), labels (N,) and a name for messages."""
+    if section.source == "embedded":
+        return read_digits(split)
+    if section.source == "torchvision":
+        return read_torchvision(dataset, root, split)
+    if section.source == "npz":
+        return read_npz(root / f"{split}.npz")
+    return read_folder(root / split, section)
+
+
+def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None:
+    """Shape, type and labels against the dataset's section."""
+    expected = (section.channels, section.image_size, section.image_size)
+    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        raise StageError(
+            f"{origin}: expected images of (channels, height, width) = {expected}, "
+            f"got {tuple(images.shape[1:])}"
+        )
+    if len(images) != len(labels) or not len(labels):
+        raise StageError(
+            f"{origin}: expected one label an image, got {len(labels)} labels "
+            f"for {len(images)} images"
+        )
+    if labels.min() < 0 or labels.max() >= section.classes:
+        raise StageError(
+            f"{origin}: expected labels 0 to {section.classes - 1}, "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+
+
+def read_digits(split: str) -> tuple[Tensor, Tensor, str]:
+    """scikit-learn's 1,797 handwritten digits: 1,297 to train on, 500 to test, by class."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)[:, None]
+    parts = train_test_split(
+        pixels, digits.target, test_size=500, random_state=0, stratify=digits.target
+    )
+    images, labels = parts[SPLITS.index(split)], parts[2 + SPLITS.index(split)]
+    return torch.from_numpy(images), torch.from_numpy(labels).long(), f"digits {split}"
+
+
+def read_torchvision(dataset: str, root: Path, split: str) -> tuple[Tensor, Tensor, str]:
+    """CIFAR-10, CIFAR-100 or SVHN, downloaded and md5-checked by torchvision if not in ``root``."""
+    from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+
+    kinds = {
+        "cifar10": lambda download: CIFAR10(root, split == "train", download=download),
+        "cifar100": lambda download: CIFAR100(root, split == "train", download=download),
+        "svhn": lambda download: SVHN(root, split, download=download),
+    }
+    if dataset not in kinds:
+        raise StageError(f"dataset: torchvision source has {list(kinds)}, got {dataset!r}")
+    try:
+        loaded = kinds[dataset](download=True)
+    except (OSError, RuntimeError) as error:
+        raise StageError(
+            f"{root}: {dataset} is not there and cannot be downloaded ({error})"
+        ) from None
+    data, labels = loaded.data, loaded.labels if dataset == "svhn" else loaded.targets
+    images = torch.from_numpy(np.asarray(data))
+    if dataset != "svhn":
+        images = images.permute(0, 3, 1, 2)
+    return images.contiguous(), torch.as_tensor(labels).long(), f"{dataset} {split}"
+
+
+def read_npz(path: Path) -> tuple[Tensor, Tensor, str]:
+    """An .npz with ``images`` (N,H,W,C) uint8 and ``labels`` (N,) whole numbers."""
+    try:
+        with np.load(path) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except FileNotFoundError:
+        raise StageError(f"{path}: no such file; expected arrays images and labels in it") from None
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise StageError(f"{path}: expected an .npz with images and labels ({error})") from None
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise StageError(
+            f"{path}: expected images (N,H,W,C) uint8, got {images.shape} {images.dtype}"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise StageError(f"{path}: expected labels (N,) integer, got {labels.shape} {labels.dtype}")
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return tensor, torch.from_numpy(labels.astype(np.int64)), str(path)
+
+
+def read_folder(root: Path, section: Dataset) -> tuple[Tensor, Tensor, str]:
+    """One folder a class, classes in alphabetical order, any image files Pillow can read."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        files = ImageFolder(str(root)).samples
+    except (FileNotFoundError, OSError) as error:
+        raise StageError(f"{root}: expected one folder of images a class ({error})") from None
+    mode = "RGB" if section.channels == 3 else "L"
+    size = (section.image_size, section.image_size)
+    images = np.empty((len(files), section.channels, *size), np.uint8)
+    with Track(f"read {root}", len(files), unit="images") as track:
+        for i, (name, _) in enumerate(files):
+            try:
+                with Image.open(name) as image:
+                    pixels = np.asarray(image.convert(mode))
+            except (UnidentifiedImageError, OSError) as error:
+                raise StageError(f"{name}: cannot be read as an image ({error})") from None
+            if pixels.shape[:2] != size:
+                raise StageError(f"{name}: expected {size} pixels, got {pixels.shape[:2]}")
+            images[i] = pixels.reshape(*size, section.channels).transpose(2, 0, 1)
+            track.advance()
+    labels = torch.tensor([label for _, label in files])
+    return torch.from_numpy(images), labels, str(root)

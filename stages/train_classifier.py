@@ -1,0 +1,80 @@
+"""Stage 2: the naturally trained classifier that is to be secured."""
+
+from pathlib import Path
+
+import torch
+
+from defense.classifier import WideResNet
+from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer
+from defense.inference import classify, freeze
+from defense.pixels import from_bytes
+from defense.rng import make_generator
+from stages.artifacts import load_images, load_state, load_weights, save_state, save_weights
+from stages.console import Track, say
+from stages.files import write_csv
+from stages.hardware import Hardware
+from stages.params import Params
+from stages.resume import Scratch, Stopwatch
+
+
+def new_classifier(params: Params, dataset: str) -> WideResNet:
+    """The classifier of a dataset, untrained."""
+    data = params.dataset(dataset)
+    size = params.classifier
+    return WideResNet(
+        depth=size.depth, width=size.width, classes=data.classes, channels=data.channels
+    )
+
+
+def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path) -> WideResNet:
+    """The trained classifier, frozen, on the device."""
+    model = new_classifier(params, dataset)
+    load_weights(path, model, f"`stochsec train-classifier {dataset}`")
+    return freeze(model.to(hardware.device))
+
+
+def run(
+    params: Params, dataset: str, hardware: Hardware, *, images: Path, out: Path, history: Path
+) -> None:
+    """Train on the training images; write weights and the curve of loss and accuracy."""
+    section = params.dataset(dataset)
+    train, test = load_images(images, "train"), load_images(images, "test")
+    device = hardware.device
+    torch.manual_seed(params.seed)  # weight initialization takes no generator
+    classifier = new_classifier(params, dataset).to(device)
+    trainer = ClassifierTrainer(
+        classifier,
+        from_bytes(train.images).to(device),
+        train.labels.to(device),
+        ClassifierTrainConfig(**section.classifier.model_dump()),
+        generator=make_generator(params.seed, "classifier", dataset, device=device),
+    )
+    test_images, test_labels = from_bytes(test.images).to(device), test.labels.to(device)
+
+    def accuracy() -> float:
+        classifier.eval()
+        logits = classify(classifier, test_images, batch=1000)
+        return float((logits.argmax(1) == test_labels).float().mean())
+
+    key = (params.seed, dataset, params.classifier.model_dump(), section.model_dump())
+    rows: list[tuple[int, float, float]] = []
+    epochs = section.classifier.epochs
+    with Scratch(f"train-classifier-{dataset}", key, [images]) as scratch:
+        checkpoint = scratch.folder / "checkpoint.pt"
+        if checkpoint.exists():
+            state = load_state(checkpoint, "", device)
+            rows = state.pop("rows")
+            trainer.load_state_dict(state)
+        saved = Stopwatch()
+        with Track(f"classifier {dataset}", epochs, unit="epochs", done=len(rows)) as track:
+            while trainer.epochs_done < epochs:
+                loss = trainer.epoch()
+                rows.append((trainer.epochs_done, loss, accuracy()))
+                track.advance(watch=f"loss {loss:.3f}  test accuracy {rows[-1][2]:.4f}")
+                if saved.due() or scratch.stopping:
+                    save_state(checkpoint, {**trainer.state_dict(), "rows": rows})
+                    scratch.check()
+        write_csv(history, ("epoch", "loss", "test_accuracy"), rows)
+        save_weights(out, freeze(classifier))
+        scratch.done()
+    say(f"classifier {dataset}: test accuracy {rows[-1][2]:.4f} (n={len(test_labels)})")

@@ -1,0 +1,136 @@
+"""Stage 3: the energy, Algorithm 2 in two phases, and the branch that never converges.
+
+`adam` starts from noise. `convergent` goes on from its end with SGD, `nonconvergent` with the same
+Adam for as many batches: the paper's two models (Hill et al. 2021, Sections 2 and 4.1).
+"""
+
+from pathlib import Path
+
+import torch
+
+from defense.bank import ImageBank
+from defense.ebm_training import EBMTrainConfig, EBMTrainer
+from defense.energy import ConvEnergy
+from defense.inference import freeze
+from defense.langevin import LangevinConfig
+from defense.pixels import from_bytes, to_net
+from defense.rng import make_generator
+from stages import StageError
+from stages.artifacts import load_images, load_state, load_weights, save_state, save_weights
+from stages.console import Track, say
+from stages.engine import choose_chain
+from stages.files import write_csv
+from stages.hardware import Hardware
+from stages.params import Params
+from stages.resume import Scratch, Stopwatch
+
+PHASES = ("adam", "convergent", "nonconvergent")
+ROW_EVERY = 10  # batches between two rows of the history
+
+
+def run(
+    params: Params,
+    dataset: str,
+    phase: str,
+    hardware: Hardware,
+    *,
+    images: Path,
+    start: Path,
+    out: Path,
+    state_out: Path,
+    history: Path,
+) -> None:
+    """Train one phase; ``start`` is the state that phase 1 left (unused by phase 1 itself)."""
+    if phase not in PHASES:
+        raise StageError(f"phase: expected one of {list(PHASES)}, got {phase!r}")
+    trainer = make_trainer(params, dataset, phase, hardware, images)
+    inputs = [images] if phase == "adam" else [images, start]
+    if phase != "adam":
+        begin = load_state(start, f"`stochsec train-ebm {dataset} adam`", hardware.device)
+        if phase == "convergent":  # a new optimizer; bank, weights and stream go on
+            begin["optimizer"] = trainer.optimizer.state_dict()
+        trainer.load_state_dict(begin)
+        trainer.batches_done = 0
+
+    section = params.dataset(dataset)
+    total = params.ebm.adam_batches if phase == "adam" else params.ebm.sgd_batches
+    key = (
+        params.seed,
+        dataset,
+        phase,
+        params.ebm.model_dump(),
+        params.energy.model_dump(),
+        section.model_dump(),
+    )
+    rows: list[tuple[int, float, float]] = []
+    with Scratch(f"train-ebm-{dataset}-{phase}", key, inputs) as scratch:
+        checkpoint = scratch.folder / "checkpoint.pt"
+        if checkpoint.exists():
+            state = load_state(checkpoint, "", hardware.device)
+            rows = state.pop("rows")
+            trainer.load_state_dict(state)
+        saved = Stopwatch()
+        what = f"ebm {dataset} {phase}"
+        with Track(what, total, unit="batches", done=trainer.batches_done) as track:
+            while trainer.batches_done < total:
+                stats = trainer.update()
+                if trainer.batches_done % ROW_EVERY == 0:
+                    gap, norm = float(stats.energy_gap), float(stats.gradient_norm)
+                    if gap != gap:
+                        raise StageError(
+                            f"{what}: the energy is not a number after {trainer.batches_done} "
+                            "batches; lower the learning rate or use more Langevin steps"
+                        )
+                    rows.append((trainer.batches_done, gap, norm))
+                    track.advance(ROW_EVERY, f"energy gap {gap:+.2f}  gradient norm {norm:.3f}")
+                if saved.due() or scratch.stopping:
+                    save_state(checkpoint, {**trainer.state_dict(), "rows": rows})
+                    scratch.check()
+        write_csv(history, ("batch", "energy_gap", "gradient_norm"), rows)
+        save_weights(out, trainer.energy)
+        save_state(state_out, trainer.state_dict())
+        scratch.done()
+    late = [gap for _, gap, _ in rows[-20:]]
+    if late:
+        say(f"{what}: mean energy gap {sum(late) / len(late):+.2f} over the last {len(late)} rows")
+
+
+def make_trainer(
+    params: Params, dataset: str, phase: str, hardware: Hardware, images: Path
+) -> EBMTrainer:
+    """A trainer at the beginning of Algorithm 2, with the optimizer of a phase."""
+    section = params.dataset(dataset)
+    device = hardware.device
+    data = to_net(from_bytes(load_images(images, "train").images)).to(device)
+    torch.manual_seed(params.seed)  # weight initialization takes no generator
+    energy = new_energy(params, dataset).to(device)
+    generator = make_generator(params.seed, "ebm", dataset, device=device)
+    bank = ImageBank.uniform(data.shape, generator=generator)
+    sgd = phase == "convergent"
+    config = EBMTrainConfig(
+        optimizer="sgd" if sgd else "adam",
+        learning_rate=section.sgd_lr if sgd else section.adam_lr,
+        batch=params.ebm.batch,
+        data_noise=section.data_noise,
+        langevin=LangevinConfig(params.ebm.steps, section.tau),
+    )
+    return EBMTrainer(energy, data, bank, config, generator=generator, chain=choose_chain())
+
+
+def new_energy(params: Params, dataset: str) -> ConvEnergy:
+    """The energy of a dataset, untrained."""
+    data = params.dataset(dataset)
+    return ConvEnergy(
+        image_size=data.image_size,
+        channels=data.channels,
+        width=params.energy.width,
+        activation=params.energy.activation,
+    )
+
+
+def load_energy(params: Params, dataset: str, hardware: Hardware, path: Path) -> ConvEnergy:
+    """A trained energy, frozen, on the device."""
+    model = new_energy(params, dataset)
+    phase = path.stem.removeprefix("ebm_")
+    load_weights(path, model, f"`stochsec train-ebm {dataset} {phase}`")
+    return freeze(model.to(hardware.device))
