@@ -4,10 +4,14 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from defense.langevin import Chain, LangevinConfig, langevin
 from defense.pixels import to_net, to_pixels
 from defense.rng import make_generator
+
+CLASSIFIER_BATCH = 512
+"""Purified images that the classifier sees at once."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -96,8 +100,18 @@ class EOTDefense(nn.Module):
             raise ValueError(f"x: expected images (B,C,H,W), got shape {tuple(x.shape)}")
         copies = x.repeat(self.replicas, 1, 1, 1)
         purified = straight_through(copies, self.purify(copies, generator=generator))
-        logits = torch.cat([self.classifier(part) for part in purified.split(self.max_chains)])
+        logits = torch.cat([self._classify(part) for part in purified.split(CLASSIFIER_BATCH)])
         return logits.view(self.replicas, len(x), -1)
+
+    def _classify(self, pixels: Tensor) -> Tensor:
+        """Logits of one piece; with gradients, its activations are made again on the way back.
+
+        So the memory of a backward pass is that of one piece, whatever the number of replicas.
+        """
+        if not torch.is_grad_enabled():
+            return torch.as_tensor(self.classifier(pixels))
+        logits: Tensor = checkpoint(self.classifier, pixels, use_reentrant=False)
+        return logits
 
     def forward(self, x: Tensor, *, generator: Generator | None = None) -> Tensor:
         return self.replica_logits(x, generator=generator).mean(0)

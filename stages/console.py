@@ -16,6 +16,8 @@ from rich.progress import (
 )
 
 console = Console(stderr=True, highlight=False)
+if not console.is_terminal:  # a log has room for a whole table
+    console.width = 150
 
 
 class Track:

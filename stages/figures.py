@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -16,22 +15,23 @@ from defense.diagnostics import mean_logit_draws
 from defense.pixels import to_pixels
 from stages.files import Whole
 
-matplotlib.use("Agg")
-
 # Okabe & Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.dpi": 150,
-    "savefig.bbox": "tight",
-    "svg.hashsalt": "stochsec",
-}
+plt.rcParams.update(
+    {
+        "font.size": 8,
+        "axes.titlesize": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "legend.fontsize": 7.5,
+        "savefig.dpi": 150,
+        "savefig.bbox": "tight",
+        "svg.hashsalt": "stochsec",  # the same figure is the same file
+    }
+)
 CURVES = {
     "natural": ("natural images", BLUE, "o"),
     "transfer": ("PGD images of the bare classifier", ORANGE, "s"),
@@ -42,16 +42,14 @@ MODELS = {"convergent": "convergent (Adam, then SGD)", "nonconvergent": "non-con
 
 def save(figure: Figure, stem: Path) -> None:
     """``stem``.png and ``stem``.svg, the same bytes for the same numbers."""
-    with matplotlib.rc_context(STYLE):
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            with Whole(stem.with_name(f"{stem.name}.{kind}")) as partial:
-                figure.savefig(partial, format=kind, metadata=metadata)
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        with Whole(stem.with_name(f"{stem.name}.{kind}")) as partial:
+            figure.savefig(partial, format=kind, metadata=metadata)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
 
 
@@ -76,8 +74,9 @@ def over_steps(curve: pd.DataFrame, chosen: int) -> Figure:
             fontsize=8,
         )
         ax.set_xscale("symlog", linthresh=10)
-        ax.set(title=title, xlabel="Langevin steps K", ylim=(0, 1), ylabel="accuracy")
-    axes[0].legend(loc="lower right", fontsize=7.5)
+        ax.set(title=title, xlabel="Langevin steps K", ylim=(0, 1.02), xlim=(0, None))
+        ax.set_ylabel("accuracy")
+    axes[0].legend(loc="lower right")
     return figure
 
 
@@ -94,8 +93,9 @@ def energy_over_steps(compared: dict[str, Tensor]) -> Figure:
             low, high = np.quantile(levels.numpy(), (0.1, 0.9), axis=1)
             ax.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
         ax.set_xscale("symlog", linthresh=10)
-        ax.set(title=title, xlabel="Langevin steps K", ylabel="U(chain) - mean U(natural)  [nats]")
-    axes[0].legend(fontsize=7.5)
+        ax.set(title=title, xlabel="Langevin steps K", xlim=(0, None))
+        ax.set_ylabel("U(chain) - mean U(natural)  [nats]")
+    axes[0].legend()
     return figure
 
 
@@ -127,7 +127,7 @@ def logit_histograms(diagnosed: dict[str, Tensor], sizes: Sequence[int]) -> Figu
                 ax.axvline(float(mean[j]), color=colour, ls="--", lw=1)
             ax.set(yticks=[], title=f"{name} image, H={size}: {wrong:.1%} of {len(draws)} wrong")
             if row == 0:
-                ax.legend(fontsize=7.5)
+                ax.legend()
             if row == len(sizes) - 1:
                 ax.set_xlabel("mean logit")
     return figure

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from stages import StageError
 
+PRESETS = Path(__file__).parent.parent / "presets"
+
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -142,6 +144,12 @@ class Compare(Section):
     replicas: Count
     bpda_eot: CompareAttack
 
+    @model_validator(mode="after")
+    def _grid_ascends(self) -> Self:
+        if list(self.K) != sorted(set(self.K)):
+            raise ValueError(f"K: expected ascending numbers, got {list(self.K)}")
+        return self
+
 
 class Diagnose(Section):
     """Logit histograms and sampled chains."""
@@ -178,6 +186,19 @@ class Params(Section):
                 f"compare_dataset: expected one of {list(self.datasets)}, "
                 f"got {self.compare_dataset!r}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _run_is_not_relabelled(self) -> Self:
+        """The name of a preset belongs to that preset's datasets: results must not be mixed up."""
+        preset = PRESETS / f"{self.run}.yaml"
+        if preset.exists():
+            theirs = yaml.safe_load(preset.read_text())["datasets"]
+            if not set(theirs) & set(self.datasets):
+                raise ValueError(
+                    f"run: {self.run!r} is the preset for {', '.join(theirs)}, got datasets "
+                    f"{list(self.datasets)}; `stochsec preset {self.run}` switches to it"
+                )
         return self
 
     def dataset(self, name: str) -> Dataset:

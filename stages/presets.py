@@ -1,22 +1,20 @@
 """Presets: `digits` is complete and commented, the others say only what differs from it."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
 from stages import StageError
-from stages.params import validate_params
+from stages.params import PRESETS, validate_params
 
-FOLDER = Path(__file__).parent.parent / "presets"
 BASE = "digits"
 
 
 def names() -> list[str]:
     """The presets there are."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def text(name: str) -> str:
@@ -28,13 +26,13 @@ def text(name: str) -> str:
     yaml.representer.add_representer(
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
-    values: CommentedMap = yaml.load((FOLDER / f"{BASE}.yaml").read_text())
+    values: CommentedMap = yaml.load((PRESETS / f"{BASE}.yaml").read_text())
     if name != BASE:
-        differences: CommentedMap = yaml.load((FOLDER / f"{name}.yaml").read_text())
+        differences: CommentedMap = yaml.load((PRESETS / f"{name}.yaml").read_text())
         _merge(values, differences, name)
     out = io.StringIO()
     yaml.dump(values, out)
-    validate_params(YAML(typ="safe", pure=True).load(out.getvalue()), FOLDER / f"{name}.yaml")
+    validate_params(YAML(typ="safe", pure=True).load(out.getvalue()), PRESETS / f"{name}.yaml")
     return out.getvalue()
 
 

@@ -1,0 +1,120 @@
+"""params.yaml: presets are complete, and a wrong value is one line that says what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from stages import StageError, presets
+from stages.cli import app
+from stages.params import load_params, validate_params
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_is_valid_and_says_its_name(name: str) -> None:
+    params = validate_params(yaml.safe_load(presets.text(name)), Path(name))
+    assert params.run == name
+    assert list(params.data) == list(params.datasets)
+
+
+def test_the_paper_preset_has_the_numbers_of_algorithms_1_and_2() -> None:
+    params = validate_params(yaml.safe_load(presets.text("paper")), Path("paper"))
+    cifar10 = params.data["cifar10"]
+    assert (params.langevin.K, params.langevin.H_adv, params.langevin.H_def) == (1500, 15, 150)
+    assert (params.attack.eps_255, params.attack.step_255) == (8, 2)
+    assert (params.attack.bpda_eot.steps, params.attack.bpda_eot.restarts) == (50, 5)
+    assert params.ebm.adam_batches + params.ebm.sgd_batches == 150_000
+    assert (params.ebm.steps, params.ebm.adam_batches) == (100, 50_000)
+    assert (cifar10.tau, cifar10.data_noise) == (0.01, 0.02)
+    assert (cifar10.adam_lr, cifar10.sgd_lr) == (1e-4, 5e-5)
+    assert (params.classifier.depth, params.classifier.width) == (28, 10)
+
+
+def test_comments_survive_a_change_of_preset() -> None:
+    for name in presets.names():
+        lines = presets.text(name).splitlines()
+        assert sum("#" in line for line in lines) > 30
+
+
+def test_an_unknown_preset_names_those_there_are() -> None:
+    with pytest.raises(StageError, match=r"preset: expected one of .*digits.*, got 'huge'"):
+        presets.text("huge")
+
+
+def changed(path: str, value: object, *, delete: bool = False) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(presets.text("digits"))
+    *parents, last = path.split(".")
+    section = values
+    for name in parents:
+        section = section[name]
+    if delete:
+        del section[last]
+    else:
+        section[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("langevin.K", -3, "langevin.K = -3: expected greater than or equal to 1"),
+        ("langevin.K", "abc", "langevin.K = 'abc': expected a valid integer"),
+        ("langevin.K", 1500.5, "langevin.K = 1500.5: expected a valid integer"),
+        ("langevn", {"K": 1}, "langevn = {'K': 1}: no such parameter"),
+        ("attack.norm", "l1", "attack.norm = 'l1': expected 'linf' or 'l2'"),
+        ("classifier.depth", 11, "classifier.depth: expected 6 n + 4, got 11"),
+        ("datasets", ["svnh"], "datasets: expected names among ['digits'], got 'svnh'"),
+        ("compare_dataset", "svhn", "compare_dataset: expected one of ['digits'], got 'svhn'"),
+        ("attack.transfer.images", 10**6, "attack.transfer.images: expected <= pgd.images"),
+        ("compare.K", [100, 10], "compare.K: expected ascending numbers, got [100, 10]"),
+        ("run", "paper", "run: 'paper' is the preset for cifar10, svhn, cifar100"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(
+    path: str, value: object, message: str
+) -> None:
+    with pytest.raises(StageError) as error:
+        validate_params(changed(path, value), Path("params.yaml"))
+    assert str(error.value).startswith(f"params.yaml: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(StageError, match=r"params.yaml: langevin.K: missing"):
+        validate_params(changed("langevin.K", None, delete=True), Path("params.yaml"))
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
+    values = changed("data.digits.adam_lr", "1e-4")
+    assert validate_params(values, Path("params.yaml")).data["digits"].adam_lr == 1e-4
+
+
+def test_no_file_and_bad_yaml_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    with pytest.raises(StageError, match="no such file"):
+        load_params(path)
+    path.write_text("run: [unclosed")
+    with pytest.raises(StageError, match="not valid YAML") as error:
+        load_params(path)
+    assert "\n" not in str(error.value)
+
+
+def test_every_stage_stops_at_once_on_bad_parameters(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(changed("langevin.K", -3)))
+    stages = ("prepare-data", "train-classifier", "compare", "diagnose")
+    for words in (*([s, "digits"] for s in stages), ["attack", "digits", "pgd"], ["report"]):
+        result = CliRunner().invoke(app, [*words, "--params", str(path)])
+        assert result.exit_code == 2, words
+        assert "langevin.K = -3" in result.output
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unknown_dataset_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(presets.text("digits"))
+    result = CliRunner().invoke(app, ["attack", "imagenet", "pgd", "--params", str(path)])
+    assert result.exit_code == 2
+    assert "dataset: expected one of ['digits'], got 'imagenet'" in result.output

@@ -1,0 +1,313 @@
+"""Every stage end to end on real digits, at the smallest size, through its command."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from stages import presets
+from stages.artifacts import AttackResult, load_images, load_tensors
+from stages.cli import app
+from stages.files import Paths
+
+TINY: dict[str, Any] = {
+    "run": "tiny",
+    "classifier": {"depth": 10, "width": 1},
+    "energy": {"width": 4, "activation": "leaky_relu"},
+    "ebm": {"batch": 20, "steps": 3, "adam_batches": 20, "sgd_batches": 20},
+    "langevin": {"K": 4, "K_short": 2, "H_adv": 2, "H_def": 5},
+    "attack": {
+        "norm": "linf",
+        "eps_255": 48,
+        "step_255": 12,
+        "shard": 5,
+        "pgd": {"images": 12, "steps": 3, "restarts": 1},
+        "transfer": {"images": 10, "replicas": 3},
+        "bpda_eot": {"images": 8, "steps": 2, "restarts": 2},
+    },
+    "compare": {
+        "K": [0, 3, 6],
+        "images": 10,
+        "replicas": 2,
+        "bpda_eot": {"images": 4, "steps": 1, "H_adv": 2, "H_def": 3},
+    },
+    "diagnose": {"images": 12, "replicas": 20, "H": [1, 5], "long_steps": 8},
+}
+STAGES = [
+    "prepare-data digits",
+    "train-classifier digits",
+    "train-ebm digits adam",
+    "train-ebm digits convergent",
+    "train-ebm digits nonconvergent",
+    "attack digits pgd",
+    "attack digits transfer_short",
+    "attack digits transfer_long",
+    "attack digits bpda_eot",
+    "compare digits",
+    "diagnose digits",
+    "report",
+]
+PATHS = Paths("tiny", "digits")
+
+
+def tiny_params() -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(presets.text("digits"))
+    values |= TINY
+    values["data"]["digits"]["classifier"] |= {"epochs": 2, "milestones": [1]}
+    return values
+
+
+def command(words: str) -> Result:
+    return CliRunner().invoke(app, words.split(), catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which the whole tiny experiment has been run."""
+    folder = tmp_path_factory.mktemp("experiment")
+    before = Path.cwd()
+    os.chdir(folder)
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params()))
+    for words in STAGES:
+        result = command(words)
+        assert result.exit_code == 0, f"{words}: {result.output}"
+    yield folder
+    os.chdir(before)
+
+
+def test_the_whole_experiment_leaves_tables_and_figures(folder: Path) -> None:
+    names = {path.name for path in (folder / "reports/tiny").iterdir()}
+    assert {f"table{n}.{kind}" for n in (1, 2, 3) for kind in ("csv", "md", "tex")} <= names
+    figures = {path.name for path in (folder / "reports/tiny/figures").iterdir()}
+    assert {"figure2_samples_digits.png", "figure3_logits_digits.png"} <= figures
+    assert {"figure4_accuracy.png", "figure4_accuracy.svg"} <= figures
+    assert not list(folder.glob(".scratch/*")), "finished stages leave no work in progress"
+
+
+def test_tables_show_published_and_measured_rows_and_what_was_not_run(folder: Path) -> None:
+    table = pd.read_csv(folder / "reports/tiny/table2.csv")
+    published = table[table.Source == "published"].set_index("Defense")
+    assert published.loc["Hill et al. 2021", "Adv."] == "0.5490"
+    ours = table[table.Defense == "Ours"].set_index("Dataset")
+    assert ours.loc["cifar10", "Adv."] == "not run"
+    record = AttackResult.load(PATHS.record("bpda_eot"))
+    robust = record.record.robust(record.images.labels)
+    assert ours.loc["digits", "Adv."].startswith(f"{robust.float().mean():.4f} [")
+    assert ours.loc["digits", "Adv."].endswith(f"n={len(robust)}")
+
+
+def test_the_report_is_a_pure_function_of_the_records(folder: Path) -> None:
+    assert command("report --out again").exit_code == 0
+    for path in (folder / "reports/tiny").rglob("*"):
+        if path.is_file():
+            twin = folder / "again" / path.relative_to(folder / "reports/tiny")
+            assert path.read_bytes() == twin.read_bytes(), path
+
+
+def test_a_stage_run_twice_writes_the_same_bytes(folder: Path) -> None:
+    for words, path in (
+        ("train-ebm digits convergent", PATHS.model("ebm_convergent")),
+        ("attack digits bpda_eot", PATHS.record("bpda_eot")),
+    ):
+        assert command(f"{words} --out again.safetensors").exit_code == 0
+        assert Path("again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_the_report_refuses_a_record_outside_the_ball(folder: Path) -> None:
+    path = PATHS.record("pgd")
+    good = path.read_bytes()
+    result = AttackResult.load(path)
+    result.record.adversarial[0] = 1 - result.record.adversarial[0].round()
+    result.save(path)
+    judged = command("report --out elsewhere")
+    path.write_bytes(good)
+    assert judged.exit_code == 2
+    assert "expected distance <= 0.188" in judged.output
+    assert not Path("elsewhere").exists()
+
+
+def test_records_are_taken_shard_by_shard(folder: Path) -> None:
+    tensors, about = load_tensors(PATHS.record("bpda_eot"))
+    assert tensors["adversarial"].shape == (8, 1, 8, 8)
+    assert about["attack"] == "bpda_eot"
+    assert (about["K"], about["H_adv"], about["H_def"], about["restarts"]) == (4, 2, 5, 2)
+
+
+def run_in_background(words: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "stages", *words.split()]
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    return subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
+
+
+def scratch_files(pattern: str) -> list[Path]:
+    return sorted(Path(".scratch").glob(pattern))
+
+
+def wait_for(pattern: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not scratch_files(pattern):
+        assert process.poll() is None, "the stage ended before it could be interrupted"
+        assert time.monotonic() < deadline, f"no {pattern}"
+        time.sleep(0.01)
+
+
+def test_an_attack_killed_between_shards_goes_on_to_the_same_record(folder: Path) -> None:
+    values = tiny_params()
+    values["attack"]["bpda_eot"] |= {"images": 60, "steps": 6}
+    Path("longer.yaml").write_text(yaml.safe_dump(values))
+    words = "attack digits bpda_eot --params longer.yaml"
+    assert command(f"{words} --out whole.safetensors").exit_code == 0
+    process = run_in_background(f"{words} --out resumed.safetensors")
+    wait_for("attack-digits-bpda_eot-*/shard-0002.safetensors", process)
+    process.kill()
+    process.wait()
+    assert not Path("resumed.safetensors").exists()
+    kept = {path: path.stat().st_mtime_ns for path in scratch_files("attack-*/shard-*")}
+    assert command(f"{words} --out resumed.safetensors").exit_code == 0
+    assert kept
+    assert Path("resumed.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+
+
+def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) -> None:
+    values = tiny_params()
+    values["ebm"] |= {"adam_batches": 1500}
+    Path("longer.yaml").write_text(yaml.safe_dump(values))
+    words = "train-ebm digits adam --params longer.yaml"
+    state = PATHS.state("ebm_adam").read_bytes()
+    assert command(f"{words} --out whole.safetensors").exit_code == 0
+    process = run_in_background(f"{words} --out resumed.safetensors")
+    wait_for("train-ebm-digits-adam-*/lock", process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert scratch_files("train-ebm-digits-adam-*/checkpoint.pt")
+    assert command(f"{words} --out resumed.safetensors").exit_code == 0
+    assert Path("resumed.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+    PATHS.state("ebm_adam").write_bytes(state)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("attack digits bpda_eot --classifier none.safetensors", "none.safetensors: no such file"),
+        ("attack digits bpda_eot --energy none.safetensors", "`stochsec train-ebm digits"),
+        ("attack digits nonsense", "attack: expected one of ['pgd', 'transfer_short'"),
+        ("train-ebm digits nonsense", "phase: expected one of ['adam', 'convergent'"),
+        ("attack digits pgd --images none.npz", "none.npz: no such file"),
+        ("attack digits pgd --classifier corrupt.bin", "corrupt.bin: not a readable safetensors"),
+        ("attack digits pgd --images corrupt.bin", "corrupt.bin: not an image file"),
+        ("attack digits transfer_long --pgd corrupt.bin", "corrupt.bin: not a readable"),
+        ("train-ebm digits convergent --start corrupt.bin", "corrupt.bin: not a readable training"),
+        ("attack digits pgd --device nowhere", "device: 'nowhere' cannot be used"),
+    ],
+)
+def test_what_is_missing_or_broken_is_one_line(folder: Path, words: str, message: str) -> None:
+    Path("corrupt.bin").write_bytes(b"\x00garbage" * 50)
+    result = command(words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_weights_of_another_network_are_refused(folder: Path) -> None:
+    result = command(f"attack digits pgd --classifier {PATHS.model('ebm_adam')}")
+    assert result.exit_code == 2
+    assert "weights do not fit WideResNet" in " ".join(result.output.split())
+
+
+# Own data
+
+
+def own_params(folder: Path, source: str) -> Path:
+    values = tiny_params()
+    values["run"] = "own"
+    values["datasets"], values["compare_dataset"] = ["own"], "own"
+    section = {"source": source, "path": str(folder), "classes": 2, "channels": 3}
+    values["data"] = {"own": {**values["data"]["digits"], **section}}
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def prepare(folder: Path, source: str) -> Result:
+    return command(f"prepare-data own --params {own_params(folder, source)} --out {folder}/out.npz")
+
+
+def make_folders(folder: Path) -> np.ndarray[Any, Any]:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 3, 8, 8, 3), np.uint8)
+    for split, name in enumerate(("train", "test")):
+        for label, kind in enumerate(("cat", "dog")):
+            for i in range(3):
+                path = folder / name / kind / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels[split, label, i]).save(path)
+    return pixels
+
+
+def test_class_folders_keep_pixels_and_labels(tmp_path: Path) -> None:
+    pixels = make_folders(tmp_path)
+    assert prepare(tmp_path, "folder").exit_code == 0
+    test = load_images(tmp_path / "out.npz", "test")
+    assert test.labels.bincount().tolist() == [3, 3]
+    flat = torch.from_numpy(pixels[1]).flatten(0, 1).permute(0, 3, 1, 2)
+    assert torch.equal(test.images, flat[test.index])
+    assert torch.equal(test.labels, test.index // 3)
+
+
+def test_npz_files_keep_pixels_and_labels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=pixels, labels=np.arange(7) % 2)
+    assert prepare(tmp_path, "npz").exit_code == 0
+    train = load_images(tmp_path / "out.npz", "train")
+    assert torch.equal(train.images, torch.from_numpy(pixels).permute(0, 3, 1, 2)[train.index])
+    assert torch.equal(train.labels, train.index % 2)
+
+
+def test_one_broken_image_is_named(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    (tmp_path / "test/dog/1.png").write_bytes(b"not an image")
+    result = prepare(tmp_path, "folder")
+    assert result.exit_code == 2
+    assert "test/dog/1.png: cannot be read as an image" in "".join(result.output.split("\n"))
+    assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((4, 9, 9, 3), np.uint8), np.zeros(4, int), "= (3, 8, 8), got (3, 9, 9)"),
+        (np.zeros((4, 8, 8, 3), np.float32), np.zeros(4, int), "expected images (N,H,W,C) uint8"),
+        (np.zeros((4, 8, 8, 3), np.uint8), np.full(4, 2), "expected labels 0 to 1, got 2 to 2"),
+        (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, int), "expected one label an image, got 3"),
+        (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4), "expected labels (N,) integer"),
+    ],
+)
+def test_own_data_of_the_wrong_kind_is_one_line(
+    tmp_path: Path, images: Any, labels: Any, message: str
+) -> None:
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=labels)
+    result = prepare(tmp_path, "npz")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_a_dataset_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+    for source in ("npz", "folder"):
+        result = prepare(tmp_path, source)
+        assert result.exit_code == 2
+        assert str(tmp_path.name) in "".join(result.output.split("\n"))

@@ -1,0 +1,161 @@
+"""The graph against the source: imports, homes of packages, dependencies, parameters, paths."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages import presets
+from stages.files import Paths
+
+ROOT = Path(__file__).parent.parent
+GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+# They carry values from files to functions and back; no number depends on how they do it.
+CARRIERS = {
+    "defense/__init__.py",
+    *(
+        f"stages/{name}.py"
+        for name in ("__init__", "artifacts", "cli", "console", "files", "hardware", "params")
+    ),
+    "stages/resume.py",
+}
+HOMES = {
+    "typer": {"stages/cli.py"},
+    "pydantic": {"stages/params.py"},
+    "rich": {"stages/console.py", "stages/report.py"},
+    "pandas": {"stages/report.py", "stages/figures.py"},
+    "matplotlib": {"stages/figures.py"},
+    "safetensors": {"stages/artifacts.py"},
+    "torchvision": {"stages/prepare_data.py"},
+    "sklearn": {"stages/prepare_data.py"},
+    "PIL": {"stages/prepare_data.py"},
+    "scipy": {"stages/report.py"},
+    "ruamel": {"stages/presets.py"},
+    "dvc": set(),
+}
+LAYERS = [
+    {"rng", "pixels", "threat", "bank", "inference", "classifier", "energy"},
+    {"langevin", "classifier_training"},
+    {"compiled", "diagnostics", "ebm_training", "eot"},
+    {"attack"},
+]
+
+
+def sources() -> list[str]:
+    return sorted(
+        str(path.relative_to(ROOT))
+        for name in ("defense", "stages")
+        for path in (ROOT / name).glob("*.py")
+    )
+
+
+def imported(path: str) -> set[str]:
+    """Dotted names that a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def own_imports(path: str) -> set[str]:
+    files = {name.replace(".", "/") + ".py" for name in imported(path)}
+    return {file for file in files if (ROOT / file).exists()}
+
+
+def closure(path: str) -> set[str]:
+    seen: set[str] = set()
+    todo = [path]
+    while todo:
+        current = todo.pop()
+        if current not in seen and current not in CARRIERS:
+            seen.add(current)
+            todo += own_imports(current)
+    return seen
+
+
+def module_of(stage: str) -> str:
+    command = GRAPH[stage]["cmd"].removeprefix("python -m stages ").split()[0]
+    return f"stages/{command.replace('-', '_')}.py"
+
+
+@pytest.mark.parametrize("stage", GRAPH)
+def test_code_dependencies_are_exactly_what_the_stage_imports(stage: str) -> None:
+    listed = {dep for dep in GRAPH[stage]["deps"] if dep.endswith(".py")}
+    assert listed == closure(module_of(stage))
+
+
+@pytest.mark.parametrize("path", sources())
+def test_every_package_has_its_home(path: str) -> None:
+    packages = {name.split(".")[0] for name in imported(path)}
+    for package, homes in HOMES.items():
+        assert package not in packages or path in homes, f"{package} in {path}"
+
+
+def test_the_library_knows_no_files_and_no_workflow() -> None:
+    allowed = {"torch", "defense", "collections", "dataclasses", "typing", "math", "hashlib"}
+    allowed |= {"contextlib", "functools", "itertools", "concurrent"}
+    for path in sources():
+        if path.startswith("defense/"):
+            packages = {name.split(".")[0] for name in imported(path)}
+            assert packages <= allowed, f"{path}: {packages - allowed}"
+
+
+def test_imports_in_the_library_go_one_way() -> None:
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    names = {Path(path).stem for path in sources() if path.startswith("defense/")}
+    assert names == level.keys() | {"__init__"}
+    for name in level:
+        for file in own_imports(f"defense/{name}.py") - {"defense/__init__.py"}:
+            below = Path(file).stem
+            assert level[below] < level[name] or level[name] == 0, f"{name} imports {below}"
+
+
+def test_paths_in_the_graph_are_those_of_the_code() -> None:
+    paths = Paths("RUN", "SET")
+    known = {str(paths.images), "artifacts/RUN/records", "reports/RUN"}
+    names = ("classifier", "ebm_adam", "ebm_convergent", "ebm_nonconvergent")
+    known |= {str(paths.model(name)) for name in names}
+    known |= {str(paths.state(name)) for name in names[1:]}
+    known |= {str(paths.history(name)) for name in names}
+    records = ("pgd", "transfer_short", "transfer_long", "bpda_eot", "compare", "diagnose")
+    known |= {str(paths.record(name)) for name in records}
+    stated: set[str] = set()
+    for stage in GRAPH.values():
+        for entry in [*stage["deps"], *stage["outs"]]:
+            path = next(iter(entry)) if isinstance(entry, dict) else entry
+            for chain in ("short", "long"):
+                filled = path.replace("${run}", "RUN").replace("${item.dataset}", "SET")
+                stated.add(filled.replace("${item.chain}", chain))
+    assert {path for path in stated if "RUN" in path} == known
+
+
+def test_every_parameter_is_read_by_some_stage() -> None:
+    values = yaml.safe_load(presets.text("digits"))
+    values["data"] = {"${item.dataset}": values["data"]["digits"]}
+    stated = {key for stage in GRAPH.values() for key in stage.get("params", [])}
+    covered = {"run"}  # an axis of the matrix
+
+    def walk(value: object, key: str) -> None:
+        if key in stated or key in covered:
+            return
+        assert isinstance(value, dict), f"no stage in dvc.yaml lists {key}"
+        for name, child in value.items():
+            walk(child, f"{key}.{name}" if key else name)
+
+    walk(values, "")
+    for key in stated:
+        value: object = values
+        for name in re.split(r"\.(?!dataset\})", key):
+            assert isinstance(value, dict)
+            assert name in value, f"dvc.yaml lists {key}, params.yaml has no such key"
+            value = value[name]
+
+
+def test_params_yaml_is_the_digits_preset() -> None:
+    assert (ROOT / "params.yaml").read_text() == presets.text("digits")
