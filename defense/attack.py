@@ -25,8 +25,8 @@ class AttackConfig:
     """N = ``steps`` updates of length ``step_255`` / 255 (alpha), from ``restarts`` random starts.
 
     ``stop_at_break`` ends the work on an image at its first verified break (Algorithm 1). Without
-    it every image is pushed through all steps and the iterate with the largest margin is kept: the
-    strongest image to hand on to another model.
+    it every image, right or wrong when clean, goes through all steps and restarts, and its iterate
+    with the largest margin is kept: the strongest image to hand on to another model.
     """
 
     threat: ThreatModel
@@ -38,6 +38,8 @@ class AttackConfig:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps: expected >= 0, got {self.steps}")
+        if not self.step_255 >= 0:
+            raise ValueError(f"step_255: expected >= 0, got {self.step_255}")
         if self.restarts < 1:
             raise ValueError(f"restarts: expected >= 1, got {self.restarts}")
 
@@ -54,7 +56,7 @@ class AttackRecord:
 
     def clean_correct(self, labels: Tensor) -> Tensor:
         """(B,) bool: the target is right about the clean image (the first check of Algorithm 1)."""
-        return self.clean_logits.argmax(1) == labels
+        return is_right(self.clean_logits, labels)
 
     def robust(self, labels: Tensor, *, steps: int | None = None) -> Tensor:
         """(B,) bool: right when clean and not broken within ``steps`` updates (default: ever)."""
@@ -64,14 +66,19 @@ class AttackRecord:
         return self.clean_correct(labels) & ~broken
 
 
+def is_right(logits: Tensor, y: Tensor) -> Tensor:
+    """(B,) bool: the prediction is y. Logits that are not finite are never right."""
+    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+
+
 def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of the cross-entropy in x, (B,C,H,W), and the model's logits (B, classes).
 
     For an `EOTDefense` this is equation (10) times a positive constant: the loss of the mean
     logits, its gradient averaged over the purified replicas and applied to the image.
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+    with torch.inference_mode(False), torch.enable_grad():
+        x, y = x.clone().detach().requires_grad_(True), y.clone()
         logits = model(x)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)
     return gradient, logits.detach()
@@ -106,11 +113,13 @@ def run_attack(
     adversarial = x.clone()
     broken_at = torch.full_like(y, NEVER)
     broken_in = torch.full_like(y, NEVER)
-    best_margin = torch.full_like(clean_logits[:, 0], -torch.inf)
-    attackable = clean_logits.argmax(1) == y
+    best_margin = torch.full_like(x[:, 0, 0, 0], -torch.inf)
+    right = is_right(clean_logits, y)
 
     for restart in range(config.restarts):
-        active = (attackable & (broken_at == NEVER)).nonzero().flatten()
+        unbroken = right & (broken_at == NEVER)
+        attacked = unbroken if config.stop_at_break else torch.ones_like(unbroken)
+        active = attacked.nonzero().flatten()
         x_adv = config.threat.random_point(x[active], generator=generator)
         for step in range(config.steps + 1):
             if len(active) == 0:
@@ -118,17 +127,16 @@ def run_attack(
             gradient, logits = loss_gradient(surrogate, x_adv, y[active])
 
             # Keep what a later reader should see of each image: the last iterate, or the strongest.
-            margins = margin(logits, y[active])
+            margins = margin(logits, y[active]).to(x.dtype)
             kept = slice(None) if config.stop_at_break else margins > best_margin[active]
             adversarial[active[kept]] = x_adv[kept]
             best_margin[active[kept]] = margins[kept]
 
             # Suspects of the small sample are struck only if the large sample agrees.
-            suspects = (margins > 0) & (broken_at[active] == NEVER)
+            suspects = ~is_right(logits, y[active]) & (broken_at[active] == NEVER)
             struck = torch.zeros_like(suspects)
             if suspects.any():
-                verdict = target(x_adv[suspects]).argmax(1)
-                struck[suspects] = verdict != y[active[suspects]]
+                struck[suspects] = ~is_right(target(x_adv[suspects]), y[active[suspects]])
             broken_at[active[struck]] = step
             broken_in[active[struck]] = restart
 
@@ -137,7 +145,7 @@ def run_attack(
             if config.stop_at_break:
                 active, x_adv = active[~struck], x_adv[~struck]
             if on_step is not None:
-                on_step(int((attackable & (broken_at == NEVER)).sum()))
+                on_step(int((right & (broken_at == NEVER)).sum()))
 
     return AttackRecord(adversarial, clean_logits, target(adversarial), broken_at, broken_in)
 
@@ -151,7 +159,7 @@ def run_transfer(
     ``steps`` is what it took to make them; a broken image is recorded at that step.
     """
     clean_logits, adversarial_logits = target(x), target(x_adv)
-    broken = (clean_logits.argmax(1) == y) & (adversarial_logits.argmax(1) != y)
+    broken = is_right(clean_logits, y) & ~is_right(adversarial_logits, y)
     broken_at = torch.where(broken, steps, NEVER)
     return AttackRecord(
         x_adv, clean_logits, adversarial_logits, broken_at, torch.where(broken, 0, NEVER)

@@ -17,6 +17,8 @@ class ImageBank:
 
     def draw(self, count: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
         """``count`` distinct slots (n,) and their states (n,C,H,W)."""
+        if count > len(self.states):
+            raise ValueError(f"count: expected <= {len(self.states)}, got {count}")
         order = torch.randperm(len(self.states), generator=generator, device=generator.device)
         slots = order[:count]
         return slots, self.states[slots]

@@ -22,7 +22,7 @@ def states_at(
 
     One chain per image passes through the whole grid (ascending), all in net range.
     """
-    if list(grid) != sorted(set(grid)) or grid[0] < 0:
+    if not grid or list(grid) != sorted(set(grid)) or grid[0] < 0:
         raise ValueError(f"grid: expected ascending steps >= 0, got {list(grid)}")
     parts = []
     for state in x.split(max_chains):
@@ -47,5 +47,7 @@ def mean_logit_draws(replica_logits: Tensor, count: int) -> Tensor:
 
     Each draw is the mean over its own ``count`` replicas (Hill et al. 2021, Figure 3).
     """
+    if not 1 <= count <= len(replica_logits):
+        raise ValueError(f"count: expected 1 to {len(replica_logits)}, got {count}")
     draws = len(replica_logits) // count
     return replica_logits[: draws * count].view(draws, count, *replica_logits.shape[1:]).mean(1)

@@ -25,13 +25,21 @@ class EBMTrainConfig:
     data_noise: float
     langevin: LangevinConfig
 
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adam", "sgd"):
+            raise ValueError(f"optimizer: expected adam or sgd, got {self.optimizer!r}")
+        if self.batch < 1:
+            raise ValueError(f"batch: expected >= 1, got {self.batch}")
+        if self.langevin.tau == 0:
+            raise ValueError("langevin.tau: expected > 0, got 0")
+
 
 @dataclass(frozen=True)
 class UpdateStats:
     """What one watches in training, both on the device: read them seldom."""
 
     energy_gap: Tensor  # mean U(data) - mean U(chains); hovers around 0 when all is well
-    gradient_norm: Tensor  # mean l_2 norm of df/dx at the chains
+    gradient_norm: Tensor | None  # mean l_2 norm of df/dx at the chains, if it was asked for
 
 
 class EBMTrainer:
@@ -62,8 +70,11 @@ class EBMTrainer:
             scaled = config.learning_rate * self.half_tau2
             self.optimizer = torch.optim.SGD(energy.parameters(), lr=scaled)
 
-    def update(self) -> UpdateStats:
-        """One batch: data with noise against persistent chains, one step of the optimizer."""
+    def update(self, *, gradient_norm: bool = True) -> UpdateStats:
+        """One batch: data with noise against persistent chains, one step of the optimizer.
+
+        ``gradient_norm`` costs as much as one more Langevin step.
+        """
         config, generator = self.config, self.generator
 
         # 1. Data X+ with Gaussian noise of size tau_data.
@@ -86,8 +97,10 @@ class EBMTrainer:
         self.optimizer.step()
 
         self.batches_done += 1
-        gradient_norm = energy_gradient(self.energy, states).flatten(1).norm(dim=1).mean()
-        return UpdateStats(energy_gap.detach(), gradient_norm)
+        norm = None
+        if gradient_norm:
+            norm = energy_gradient(self.energy, states).flatten(1).norm(dim=1).mean()
+        return UpdateStats(energy_gap.detach(), norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on as if it had never stopped."""

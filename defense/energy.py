@@ -50,6 +50,7 @@ class ConvEnergy(nn.Module):
         activation: str = "leaky_relu",
     ) -> None:
         super().__init__()
+        self.shape = (channels, image_size, image_size)
         if image_size < 4:
             raise ValueError(f"image_size: expected >= 4, got {image_size}")
         if activation not in ACTIVATIONS:
@@ -63,11 +64,18 @@ class ConvEnergy(nn.Module):
         layers.append(nn.Conv2d(width, 1, side))
         self.layers = nn.Sequential(*layers)
 
+    def check(self, x: Tensor) -> None:
+        """Refuse images that would not turn into one number each."""
+        if x.ndim != 4 or x.shape[1:] != self.shape:
+            expected = "(N,{},{},{})".format(*self.shape)
+            raise ValueError(f"x: expected images {expected}, got shape {tuple(x.shape)}")
+
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         energies: Tensor = self.layers(x)
         return energies.flatten()
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of trainable values in a module."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """Number of weights in a module, frozen ones included."""
+    return sum(p.numel() for p in module.parameters())

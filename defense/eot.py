@@ -47,7 +47,7 @@ class EOTDefense(nn.Module):
     The noise comes from the module's own generator, seeded by ``seed`` (a number or a name) and
     advanced by every call: an attack library that re-seeds torch's global stream does not repeat
     it. At most ``max_chains`` chains run at a time; the order of the noise depends on that number,
-    so it belongs to a record.
+    so it belongs to a record. An attacker's view and its judge need different seeds.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class EOTDefense(nn.Module):
         copies = x.repeat(self.replicas, 1, 1, 1)
         purified = straight_through(copies, self.purify(copies, generator=generator))
         logits = torch.cat([self._classify(part) for part in purified.split(CLASSIFIER_BATCH)])
-        return logits.view(self.replicas, len(x), -1)
+        stacked: Tensor = logits.unflatten(0, (self.replicas, len(x)))
+        return stacked
 
     def _classify(self, pixels: Tensor) -> Tensor:
         """Logits of one piece; with gradients, its activations are made again on the way back.

@@ -32,7 +32,7 @@ class LangevinConfig:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps: expected >= 0, got {self.steps}")
-        if self.tau < 0:
+        if not self.tau >= 0:
             raise ValueError(f"tau: expected >= 0, got {self.tau}")
 
 

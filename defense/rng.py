@@ -15,7 +15,7 @@ def make_generator(
     order of calls, so that a shard can be repeated or resumed alone. The global stream is left
     untouched.
     """
-    key = "/".join(map(str, (seed, *purpose))).encode()
+    key = repr((seed, *purpose)).encode()
     generator = Generator(device)
     generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8]) >> 1)
     return generator

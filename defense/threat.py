@@ -14,6 +14,15 @@ def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     return x * factors.view(-1, 1, 1, 1)
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Every image scaled to l_2 length 1; zero stays zero. Squares of tiny values underflow, so the
+    largest value is made 1 first.
+    """
+    tiny = torch.finfo(x.dtype).tiny
+    x = _scaled(x, 1.0 / x.abs().flatten(1).amax(1).clamp_min(tiny))
+    return _scaled(x, 1.0 / x.flatten(1).norm(dim=1).clamp_min(tiny))
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """The l_inf or l_2 ball of radius ``eps_255`` / 255 pixels, within [0, 1]^D.
@@ -28,7 +37,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm: expected linf or l2, got {self.norm!r}")
-        if self.eps_255 < 0:
+        if not self.eps_255 >= 0:
             raise ValueError(f"eps_255: expected >= 0, got {self.eps_255}")
 
     @property
@@ -44,17 +53,19 @@ class ThreatModel:
         else:
             direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
-            radius = self.eps * radius ** (1.0 / x[0].numel())
-            delta = _scaled(direction, radius / direction.flatten(1).norm(dim=1))
+            radius = self.eps * radius ** (1.0 / x.shape[1:].numel())
+            delta = _scaled(_unit(direction), radius)
         return (x + delta).clamp(0.0, 1.0)
 
     def ascend(self, x_adv: Tensor, gradient: Tensor, step_255: float) -> Tensor:
-        """The steepest ascent step of length ``step_255`` / 255 in the norm; not yet projected."""
-        step = step_255 / 255.0
+        """The steepest ascent step of length ``step_255`` / 255 in the norm; not yet projected.
+
+        Where a gradient is not a number it moves nothing, instead of spoiling the image for good.
+        """
+        step, gradient = step_255 / 255.0, gradient.nan_to_num()
         if self.norm == "linf":
             return x_adv + step * gradient.sign()
-        length = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
-        return x_adv + step * _scaled(gradient, 1.0 / length)
+        return x_adv + step * _unit(gradient)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the ball around x, clamped to [0, 1]; x itself lies in [0, 1].

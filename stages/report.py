@@ -81,6 +81,8 @@ def run(params: Params, out: Path) -> None:
         write_table(out, number, table, caption)
         show(table, caption)
 
+    write_text(out / "summary.md", summary_table(params, rows, published))
+
     for dataset, tensors in diagnosed.items():
         histogram = figures.logit_histograms(tensors, params.diagnose.H)
         figures.save(histogram, out / f"figures/figure3_logits_{dataset}")
@@ -193,6 +195,27 @@ def cell(rows: pd.DataFrame, dataset: str, attack: str, metric: str) -> str:
         return NOT_RUN
     row = found.iloc[0]
     return f"{Accuracy(int(row.right), int(row.n))} n={row.n}"
+
+
+def summary_table(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> str:
+    """Five numbers a dataset, beside the paper's for CIFAR-10; the README shows this table."""
+    paper = published[published.system == "Hill et al. 2021"].set_index("table")
+    first, second = (paper.loc[table].to_dict() for table in ("1", "2"))
+    lines = {
+        "bare classifier, natural images": ("pgd", "natural", first["base_natural"]),
+        "bare classifier, PGD": ("pgd", "adversarial", first["base_adversarial"]),
+        "defense, natural images": ("transfer_long", "natural", first["natural"]),
+        "defense, the same PGD images": ("transfer_long", "adversarial", first["adversarial"]),
+        "defense, BPDA+EOT (Algorithm 1)": ("bpda_eot", "adversarial", second["adversarial"]),
+    }
+    table = pd.DataFrame(
+        [
+            [what, *(cell(rows, dataset, attack, metric) for dataset in params.datasets), theirs]
+            for what, (attack, metric, theirs) in lines.items()
+        ],
+        columns=["accuracy", *(f"{d}, measured" for d in params.datasets), "CIFAR-10, paper"],
+    )
+    return table.to_markdown(index=False, disable_numparse=True) + "\n"
 
 
 def measured_datasets(params: Params, table: int) -> list[str]:

@@ -4,6 +4,7 @@
 Adam for as many batches: the paper's two models (Hill et al. 2021, Sections 2 and 4.1).
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -73,10 +74,11 @@ def run(
         what = f"ebm {dataset} {phase}"
         with Track(what, total, unit="batches", done=trainer.batches_done) as track:
             while trainer.batches_done < total:
-                stats = trainer.update()
-                if trainer.batches_done % ROW_EVERY == 0:
+                row_due = (trainer.batches_done + 1) % ROW_EVERY == 0
+                stats = trainer.update(gradient_norm=row_due)
+                if stats.gradient_norm is not None:
                     gap, norm = float(stats.energy_gap), float(stats.gradient_norm)
-                    if gap != gap:
+                    if not math.isfinite(gap):
                         raise StageError(
                             f"{what}: the energy is not a number after {trainer.batches_done} "
                             "batches; lower the learning rate or use more Langevin steps"

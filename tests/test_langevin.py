@@ -133,7 +133,7 @@ def test_chains_are_not_clipped(quadratic, seeded) -> None:
     assert end.abs().max() > 5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_precision_of_the_images_is_kept(quadratic, seeded, dtype: torch.dtype) -> None:
     end = langevin(quadratic(0.1), START.to(dtype), LangevinConfig(2, 0.1), generator=seeded())
     assert end.dtype == dtype

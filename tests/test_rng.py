@@ -22,7 +22,7 @@ def test_every_part_of_the_key_counts() -> None:
 
 
 def test_the_stream_is_the_same_in_every_process() -> None:
-    assert make_generator(0, "attack").initial_seed() == 2604195171098606340
+    assert make_generator(0, "attack").initial_seed() == 6961199328643425381
 
 
 def test_the_global_stream_is_left_alone() -> None:

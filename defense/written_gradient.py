@@ -1,0 +1,184 @@
+"""The input gradient of a `ConvEnergy`, written out instead of recorded by autograd.
+
+On the way forward every layer keeps what its activation's slope needs; the last convolution is
+never run, because its input gradient is its weight; on the way back transposed convolutions lead
+to the image. Activations are (N,S,S,C) inside, channels last. On a CPU weights are laid out for
+oneDNN once per gradient function, and slow layers are rewritten as faster ones.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from defense.energy import ConvEnergy, SmoothLeakyReLU
+
+Map = Callable[[Tensor], Tensor]
+
+PRODUCT_CHANNELS = 256  # from here on transposed convolutions are matrix products on a CPU
+
+aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
+
+
+class Slope(NamedTuple):
+    """An activation h -> ``forward(h)`` and its reverse (g, h) -> ``backward`` = g * slope(h)."""
+
+    forward: Map
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def slope_of(activation: nn.Module) -> Slope:
+    """Written-out derivatives of `defense.energy.ACTIVATIONS`.
+
+    Leaky ReLU works in place: its result has the sign of its argument, all that the slope needs.
+    """
+    if isinstance(activation, nn.LeakyReLU):
+        s = activation.negative_slope
+        return Slope(
+            lambda h: F.leaky_relu_(h, s), lambda g, h: aten.leaky_relu_backward(g, h, s, True)
+        )
+    if isinstance(activation, nn.SiLU):
+        return Slope(F.silu, lambda g, h: aten.silu_backward(g, h))
+    if isinstance(activation, nn.Softplus):
+        beta, threshold = activation.beta, activation.threshold
+        return Slope(activation, lambda g, h: aten.softplus_backward(g, h, beta, threshold))
+    if isinstance(activation, SmoothLeakyReLU):
+        s, e = activation.negative_slope, activation.softness
+        return Slope(
+            activation,
+            lambda g, h: g * (h * (h * h + e).rsqrt()).mul_(0.5 - 0.5 * s).add_(0.5 + 0.5 * s),
+        )
+    raise ValueError(f"activation: expected one with a written-out slope, got {activation}")
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Map:
+    """Rows (M,in) -> (M,out); on a CPU by oneDNN, whose layout of the weight is made here, once."""
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+        return lambda rows: F.linear(rows, weight, bias)
+    packed = mkldnn._reorder_linear_weight(weight.contiguous())
+    return lambda rows: cast(Tensor, mkldnn._linear_pointwise(rows, packed, bias, "none", [], ""))
+
+
+def _convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[int]) -> Map:
+    """(N,S,S,in) -> (N,T,T,out) with padding 1; ``inputs`` is the usual (N,in,S,S)."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+        convolve: Map = lambda x: F.conv2d(x, weight, bias, stride, 1)  # noqa: E731
+    else:
+        packed = mkldnn._reorder_convolution_weight(weight, 1, stride, 1, 1, inputs)
+        rest: tuple[Any, ...] = ([1, 1], [stride] * 2, [1, 1], 1, "none", [], "")
+        convolve = lambda x: mkldnn._convolution_pointwise(x, packed, bias, *rest)  # noqa: E731
+    return lambda h: convolve(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+def _first_layer(conv: nn.Conv2d, inputs: list[int], dtype: torch.dtype) -> tuple[Map, Map]:
+    """The 3x3 convolution and its transpose, images (N,C,S,S) -> (N,S,S,width) and back.
+
+    A tiny image is multiplied by the whole layer as one matrix. Else the transpose computes blocks
+    of 2x2 pixels as one 4x4 convolution of stride 2 to 4C channels: few channels are slow.
+    """
+    weight, bias = conv.weight.detach(), cast(Tensor, conv.bias).detach().to(dtype)
+    _, c, s, _ = inputs
+    width = conv.out_channels
+    if c * s * s <= 64 and not weight.is_cuda:
+        pixels = torch.eye(c * s * s).view(-1, c, s, s)
+        matrix = F.conv2d(pixels, weight, None, 1, 1).permute(0, 2, 3, 1).flatten(1).to(dtype)
+        rows, columns = _linear(matrix.t(), bias.repeat(s * s)), _linear(matrix, None)
+        return (
+            lambda x: rows(x.flatten(1)).view(-1, s, s, width),
+            lambda g: columns(g.flatten(1)).view(-1, c, s, s),
+        )
+    forward = _convolution(weight.to(dtype), bias, 1, inputs)
+    flipped = weight.flip(2, 3).transpose(0, 1).to(dtype)
+    if s % 2:
+        back = _convolution(flipped, None, 1, [inputs[0], width, s, s])
+        return lambda x: forward(x.permute(0, 2, 3, 1)), lambda g: back(g).permute(0, 3, 1, 2)
+    blocks = flipped.new_zeros(c, 2, 2, width, 4, 4)
+    for a in range(2):
+        for b in range(2):
+            blocks[:, a, b, :, a : a + 3, b : b + 3] = flipped
+    back = _convolution(blocks.view(4 * c, width, 4, 4), None, 2, [inputs[0], width, s, s])
+    return (
+        lambda x: forward(x.permute(0, 2, 3, 1)),
+        lambda g: F.pixel_shuffle(back(g).permute(0, 3, 1, 2), 2),
+    )
+
+
+def _by_blocks(weight: Tensor, parts: int, t: int) -> Map:
+    """The transpose as a 2x2 convolution to blocks of 2x2 pixels: see `_transposed`."""
+    k, c = weight.shape[:2]
+    # Row a of block i is row 2i - 1 + a; g[i - 1 + u] enters by kernel row 2(1 - u) + a.
+    taps = weight.reshape(k, c, 2, 2, 2, 2).flip(2, 4)
+    taps = taps.permute(3, 5, 1, 0, 2, 4).reshape(4 * c, k, 2, 2)
+    blocks = _convolution(taps, None, 1, [parts, k, t, t])
+
+    def whole(g: Tensor) -> Tensor:
+        pixels = blocks(g).view(-1, t + 1, t + 1, 2, 2, c).transpose(2, 3)
+        return pixels.reshape(-1, 2 * t + 2, 2 * t + 2, c)
+
+    return whole
+
+
+def _by_products(weight: Tensor, t: int) -> Map:
+    """The transpose as a matrix product and a sum of its 4x4 contributions: see `_transposed`."""
+    k, c = weight.shape[:2]
+    product = _linear(weight.permute(2, 3, 1, 0).reshape(16 * c, k), None)
+
+    def whole(g: Tensor) -> Tensor:
+        terms = product(g.reshape(-1, k)).view(-1, t, t, 4, 4, c).transpose(2, 3)
+        total = terms.new_zeros(len(g), t + 1, 2, t + 1, 2, c)
+        for a in range(2):
+            for b in range(2):
+                term = terms[:, :, 2 * a : 2 * a + 2, :, 2 * b : 2 * b + 2]
+                total[:, a : a + t, :, b : b + t] += term
+        return total.view(-1, 2 * t + 2, 2 * t + 2, c)
+
+    return whole
+
+
+def _transposed(weight: Tensor, parts: int, s: int) -> Map:
+    """The transpose of a 4x4 convolution of stride 2, (N,T,T,K) -> (N,S,S,C), T = S // 2.
+
+    Library kernels for it are slow on a CPU. Both ways around them compute the rows and columns
+    -1 to 2T of the image, and crop. With many channels the product pays: no border is wasted.
+    """
+    t = s // 2
+    if weight.is_cuda:
+        laid = weight.contiguous(memory_format=torch.channels_last)
+        return lambda g: F.conv_transpose2d(
+            g.permute(0, 3, 1, 2), laid, None, 2, 1, s - 2 * t
+        ).permute(0, 2, 3, 1)
+    few = weight.shape[0] < PRODUCT_CHANNELS
+    whole = _by_blocks(weight, parts, t) if few else _by_products(weight, t)
+    return lambda g: whole(g)[:, 1 : s + 1, 1 : s + 1]
+
+
+def written_out_gradient(energy: ConvEnergy, inputs: list[int], dtype: torch.dtype) -> Map:
+    """df/dx of the energy as it is now: x (N,C,S,S) float32 -> the same, computed in ``dtype``.
+
+    ``inputs`` is the largest shape (N,C,S,S) that it will be given.
+    """
+    first, activation, *rest = energy.layers
+    slope = slope_of(activation)
+    layers = [_first_layer(cast(nn.Conv2d, first), inputs, dtype)]
+    parts, _, s, _ = inputs
+    for conv in cast(list[nn.Conv2d], rest[:-1:2]):
+        weight, bias = conv.weight.detach().to(dtype), cast(Tensor, conv.bias).detach().to(dtype)
+        forward = _convolution(weight, bias, 2, [parts, conv.in_channels, s, s])
+        layers.append((forward, _transposed(weight, parts, s)))
+        s //= 2
+    last = cast(nn.Conv2d, rest[-1]).weight.detach().to(dtype).permute(0, 2, 3, 1)
+    last = last.expand(parts, -1, -1, -1).contiguous()  # elementwise work needs plain strides
+
+    def gradient(x: Tensor) -> Tensor:
+        kept = [layers[0][0](x.to(dtype))]
+        for forward, _ in layers[1:]:
+            kept.append(forward(slope.forward(kept[-1])))
+        g = last[: len(x)]
+        for (_, backward), h in zip(reversed(layers), reversed(kept), strict=True):
+            g = backward(slope.backward(g, h))
+        return g.to(x.dtype)
+
+    return gradient

@@ -1,0 +1,217 @@
+"""The Wide ResNet, its augmentations and its training."""
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from defense.classifier import WideResNet
+from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer, augment
+from defense.energy import count_parameters
+from defense.inference import classify, freeze
+
+
+def make_config(**changes) -> ClassifierTrainConfig:
+    values = {
+        "epochs": 4,
+        "batch": 8,
+        "learning_rate": 0.05,
+        "milestones": (2,),
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "crop": 0,
+        "flip": False,
+    }
+    return ClassifierTrainConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize(("classes", "parameters"), [(10, 36_489_290), (100, 36_546_980)])
+def test_the_papers_network_has_36_million_parameters(classes: int, parameters: int) -> None:
+    with torch.device("meta"):
+        network = WideResNet(depth=28, width=10, classes=classes)
+    assert count_parameters(network) == parameters
+
+
+@pytest.mark.parametrize("depth", [4, 9, 11, 27, 29])
+def test_depths_between_the_blocks_are_refused(depth: int) -> None:
+    with pytest.raises(ValueError, match=rf"depth: expected 6 n \+ 4 with n >= 1, got {depth}"):
+        WideResNet(depth=depth, width=1, classes=10)
+
+
+@pytest.mark.parametrize("size", [4, 8, 28, 32])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("depth", [10, 16])
+def test_other_sizes_work(size: int, channels: int, depth: int) -> None:
+    torch.manual_seed(0)
+    network = freeze(WideResNet(depth=depth, width=2, classes=7, channels=channels))
+    x = torch.rand(3, channels, size, size)
+    logits = network(x)
+    assert logits.shape == (3, 7)
+    alone = torch.cat([network(one) for one in x.split(1)])
+    torch.testing.assert_close(alone, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_scales_pixels_to_net_range_by_itself(tiny_classifier, images) -> None:
+    seen: list[Tensor] = []
+    tiny_classifier.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tiny_classifier(images)
+    torch.testing.assert_close(seen[0], 2 * images - 1)
+
+
+def test_freezing_stops_gradients_and_statistics() -> None:
+    torch.manual_seed(0)
+    network = WideResNet(depth=10, width=1, classes=3, channels=1)
+    assert freeze(network) is network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x = torch.rand(4, 1, 8, 8, requires_grad=True)
+    network(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 100])
+def test_classifying_in_pieces_changes_nothing(tiny_classifier, images, batch: int) -> None:
+    logits = classify(tiny_classifier, images.requires_grad_(True), batch=batch)
+    torch.testing.assert_close(logits, tiny_classifier(images).detach())
+    assert not logits.requires_grad
+
+
+def distinct_images(count: int, seeded) -> Tensor:
+    return torch.rand(count, 2, 5, 6, generator=seeded(1)) + 0.1
+
+
+def test_no_augmentation_is_the_identity(seeded) -> None:
+    x, generator = distinct_images(4, seeded), seeded()
+    assert torch.equal(augment(x, make_config(), generator=generator), x)
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
+def shifts_of(image: Tensor, crop: int) -> dict[tuple[int, int], Tensor]:
+    """Every crop of the zero-padded image, by its offset."""
+    padded, (height, width) = F.pad(image, [crop] * 4), image.shape[1:]
+    offsets = [(i, j) for i in range(2 * crop + 1) for j in range(2 * crop + 1)]
+    return {(i, j): padded[:, i : i + height, j : j + width] for i, j in offsets}
+
+
+@pytest.mark.parametrize("crop", [1, 2])
+def test_crops_shift_each_image_by_itself_into_zeros(seeded, crop: int) -> None:
+    x = distinct_images(1, seeded).expand(400, -1, -1, -1) * torch.linspace(1, 2, 400).view(
+        -1, 1, 1, 1
+    )
+    cropped = augment(x, make_config(crop=crop), generator=seeded(2))
+    found = []
+    for image, result in zip(x, cropped, strict=True):
+        found += [o for o, shift in shifts_of(image, crop).items() if torch.equal(shift, result)]
+    assert len(found) == 400
+    assert len(set(found)) == (2 * crop + 1) ** 2
+
+
+def test_flips_mirror_about_half_of_the_images_left_to_right(seeded) -> None:
+    x = distinct_images(400, seeded)
+    flipped = augment(x, make_config(flip=True), generator=seeded(2))
+    mirrored = torch.tensor([torch.equal(b, a.flip(-1)) for a, b in zip(x, flipped, strict=True)])
+    same = torch.tensor([torch.equal(a, b) for a, b in zip(x, flipped, strict=True)])
+    assert (mirrored ^ same).all()
+    assert abs(int(mirrored.sum()) - 200) < 5 * 10
+
+
+def test_augmentations_follow_the_generator_alone(seeded) -> None:
+    x, config, before = (
+        distinct_images(9, seeded),
+        make_config(crop=2, flip=True),
+        torch.get_rng_state(),
+    )
+    original = x.clone()
+    a, b, c = (augment(x, config, generator=seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(x, original)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def stripes(count: int, seeded) -> tuple[Tensor, Tensor]:
+    """Noisy images of vertical (0) or horizontal (1) stripes, easily told apart."""
+    y = torch.arange(count) % 2
+    vertical = (torch.arange(8) % 4 < 2).float().expand(1, 8, 8)
+    clean = torch.stack([vertical if label == 0 else vertical.mT for label in y.tolist()])
+    noise = torch.rand(count, 1, 8, 8, generator=seeded(4))
+    return 0.7 * clean + 0.3 * noise, y
+
+
+@pytest.fixture
+def make_trainer(seeded):
+    """A trainer on 27 striped images, the same at every call but for the generator's seed."""
+
+    def make(config: ClassifierTrainConfig, seed: int = 0) -> ClassifierTrainer:
+        torch.manual_seed(1)
+        network = WideResNet(depth=10, width=1, classes=2, channels=1)
+        x, y = stripes(27, seeded)
+        return ClassifierTrainer(network, x, y, config, generator=seeded(seed))
+
+    return make
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_resuming_equals_never_stopping(make_trainer, stop_after: int) -> None:
+    config = make_config(crop=1, flip=True)
+    whole, first, resumed = (make_trainer(config, seed=s) for s in (0, 0, 99))
+    losses = [whole.epoch() for _ in range(4)]
+    for _ in range(stop_after):
+        first.epoch()
+    resumed.epoch()  # go astray first: everything that counts must be in the state
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert [resumed.epoch() for _ in range(4 - stop_after)] == losses[stop_after:]
+    expected = whole.classifier.state_dict()
+    for name, value in resumed.classifier.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert resumed.epochs_done == 4
+
+
+def test_it_learns_what_can_be_told_apart(make_trainer, seeded) -> None:
+    trainer = make_trainer(make_config())
+    losses = [trainer.epoch() for _ in range(4)]
+    x, y = stripes(40, lambda seed: seeded(seed + 1))
+    logits = classify(freeze(trainer.classifier), x, batch=10)
+    assert losses[-1] < 0.3 * losses[0]
+    assert (logits.argmax(1) == y).float().mean() > 0.9
+
+
+def test_the_learning_rate_falls_tenfold_at_each_milestone(make_trainer) -> None:
+    trainer, rates = make_trainer(make_config(milestones=(1, 3))), []
+    for _ in range(4):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.epoch()
+    assert rates == pytest.approx([0.05, 0.005, 0.005, 0.0005])
+
+
+class Batches(nn.Module):
+    """Remembers its batches; its logits are its two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.weight.expand(len(x), 2)
+
+
+def test_an_epoch_sees_every_image_once_in_a_new_order(seeded) -> None:
+    images, network = torch.arange(11.0).view(11, 1, 1, 1), Batches()
+    config = make_config(batch=4, learning_rate=0.0)
+    trainer = ClassifierTrainer(network, images, torch.zeros(11).long(), config, generator=seeded())
+    loss = trainer.epoch()
+    trainer.epoch()
+    orders = [torch.cat(network.seen[i : i + 3]).flatten().tolist() for i in (0, 3)]
+    assert [len(batch) for batch in network.seen] == [4, 4, 3] * 2
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(11))
+    assert orders[0] != orders[1]
+    assert loss == pytest.approx(0.6931472)

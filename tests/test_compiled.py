@@ -1,0 +1,365 @@
+"""The fast chain against the plain one: the same noise, the same steps, the same conditions."""
+
+import copy
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+
+from defense import compiled, written_gradient
+from defense.compiled import CompiledLangevin, padded_batch
+from defense.energy import ACTIVATIONS, ConvEnergy
+from defense.langevin import LangevinConfig, energy_gradient, langevin
+from defense.written_gradient import slope_of, written_out_gradient
+
+TWENTY = LangevinConfig(steps=20, tau=0.01)
+
+# Every way through the network: one matrix, blocks, matrix products (64 channels), odd sides.
+SHAPES = {
+    "digits": {"image_size": 8, "channels": 1, "width": 8},
+    "paper": {"image_size": 32, "channels": 3, "width": 16},
+    "odd": {"image_size": 15, "channels": 2, "width": 8},
+    "none_strided": {"image_size": 4, "channels": 3, "width": 8},
+}
+
+
+def make_energy(shape: str = "digits", activation: str = "leaky_relu", seed: int = 1) -> ConvEnergy:
+    """An energy with weights large enough that twenty steps move the images visibly."""
+    torch.manual_seed(seed)
+    energy = ConvEnergy(**SHAPES[shape], activation=activation)
+    with torch.no_grad():
+        for parameter in energy.parameters():
+            parameter.mul_(2.0)
+    return energy
+
+
+def make_images(shape: str = "digits", count: int = 7) -> Tensor:
+    size, channels = SHAPES[shape]["image_size"], SHAPES[shape]["channels"]
+    generator = Generator().manual_seed(2)
+    return torch.rand(count, channels, size, size, generator=generator) * 2 - 1
+
+
+def seeded() -> Generator:
+    return Generator().manual_seed(3)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture(autouse=True)
+def matrix_products_in_small_nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_gradient, "PRODUCT_CHANNELS", 64)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from torch's own threads, and wait for them on a busy machine."""
+    with torch_threads(1):
+        yield
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_twenty_steps_agree_with_the_plain_chain(shape: str, activation: str, threads: int) -> None:
+    energy, x = make_energy(shape, activation), make_images(shape)
+    expected = langevin(energy, x, TWENTY, generator=seeded())
+    with torch_threads(threads):
+        actual = CompiledLangevin()(energy, x, TWENTY, generator=seeded())
+    assert relative_difference(expected, x) > 0.1
+    assert relative_difference(actual, expected) < 1e-5
+    assert actual.dtype == torch.float32
+    assert actual.is_contiguous()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_without_the_cpu_library(
+    shape: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    energy, x = make_energy(shape, activation), make_images(shape)
+    with torch.inference_mode():
+        actual = written_out_gradient(energy, list(x.shape), torch.float32)(x)
+    assert relative_difference(actual, energy_gradient(energy, x)) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_do_not_change_the_noise(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(compiled, "CACHED_VALUES", 0)
+    monkeypatch.setattr(compiled, "SMALLEST_PART", 3)
+    monkeypatch.setattr(compiled, "NOISE_VALUES", 3 * 17 * 64)
+    energy, x = make_energy(activation="silu"), make_images(count=17)
+    generators = seeded(), seeded()
+    expected = langevin(energy, x, TWENTY, generator=generators[0])
+    with torch_threads(threads):
+        actual = CompiledLangevin()(energy, x, TWENTY, generator=generators[1])
+    assert relative_difference(actual, expected) < 1e-5
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+def test_same_seed_gives_the_same_bits() -> None:
+    energy, x, chain = make_energy(), make_images(count=40), CompiledLangevin()
+    runs = [chain(energy, x, TWENTY, generator=seeded()) for _ in range(3)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+def test_changed_weights_are_seen_at_the_next_call() -> None:
+    energy, x, chain = make_energy(activation="silu"), make_images(), CompiledLangevin()
+    before = chain(energy, x, TWENTY, generator=seeded())
+    with torch.no_grad():
+        for parameter in energy.parameters():
+            parameter.mul_(0.5)
+    after = chain(energy, x, TWENTY, generator=seeded())
+    expected = langevin(energy, x, TWENTY, generator=seeded())
+    assert relative_difference(before, expected) > 1e-2
+    assert relative_difference(after, expected) < 1e-5
+
+
+def test_weights_may_be_channels_last() -> None:
+    energy, x = make_energy("paper", "silu"), make_images("paper")
+    expected = langevin(energy, x, TWENTY, generator=seeded())
+    energy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    actual = CompiledLangevin()(energy, x, TWENTY, generator=seeded())
+    assert relative_difference(actual, expected) < 1e-5
+
+
+def test_no_steps_are_the_identity_and_an_empty_batch_stays_empty() -> None:
+    energy, x, chain = make_energy(), make_images(), CompiledLangevin()
+    assert torch.equal(chain(energy, x, LangevinConfig(0, 0.01), generator=None), x)
+    assert chain(energy, x[:0], TWENTY, generator=seeded()).shape == x[:0].shape
+
+
+def test_tau_zero_is_gradient_descent() -> None:
+    energy, x = make_energy(activation="softplus"), make_images()
+    config = LangevinConfig(steps=3, tau=0.0)
+    expected = x
+    for _ in range(3):
+        expected = expected - energy_gradient(energy, expected)
+    actual = CompiledLangevin()(energy, x, config, generator=seeded())
+    assert relative_difference(actual, expected) < 1e-6
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_on_step_sees_every_state_and_may_keep_it(threads: int) -> None:
+    energy, x = make_energy(activation="silu"), make_images()
+    seen: list[tuple[int, Tensor]] = []
+    plain: list[Tensor] = []
+    with torch_threads(threads):
+        result = CompiledLangevin()(
+            energy, x, TWENTY, generator=seeded(), on_step=lambda k, state: seen.append((k, state))
+        )
+    langevin(energy, x, TWENTY, generator=seeded(), on_step=lambda k, state: plain.append(state))
+    assert [k for k, _ in seen] == list(range(1, 21))
+    assert torch.equal(seen[-1][1], result)
+    for (_, state), expected in zip(seen, plain, strict=True):
+        assert relative_difference(state, expected) < 1e-5
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_grad_mode_gives_the_same_and_no_graph(mode: type) -> None:
+    energy, x = make_energy(), make_images()
+    expected = CompiledLangevin()(energy, x, TWENTY, generator=seeded())
+    with mode():
+        inputs = x.clone()
+        actual = CompiledLangevin()(energy, inputs, TWENTY, generator=seeded())
+    assert torch.equal(actual, expected)
+    assert torch.equal(inputs, x)
+    assert not actual.requires_grad
+    assert actual.is_inference() == (mode is torch.inference_mode)
+
+
+def test_result_and_energy_can_be_trained_on() -> None:
+    energy = make_energy()
+    states = CompiledLangevin()(energy, make_images(), TWENTY, generator=seeded())
+    energy(states).mean().backward()
+    assert all(parameter.grad is not None for parameter in energy.parameters())
+
+
+def test_the_global_stream_is_used_only_when_asked_for() -> None:
+    energy, x, chain = make_energy(activation="silu"), make_images(), CompiledLangevin()
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    chain(energy, x, TWENTY, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = langevin(energy, x, TWENTY, generator=None)
+    torch.set_rng_state(state)
+    assert relative_difference(chain(energy, x, TWENTY, generator=None), expected) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_number_of_torch_threads_is_left_alone(threads: int) -> None:
+    with torch_threads(threads):
+        CompiledLangevin()(make_energy(), make_images(), TWENTY, generator=seeded())
+        assert torch.get_num_threads() == threads
+    workers = compiled._workers(threads, os.getpid())
+    inside = [workers.submit(torch.get_num_threads) for _ in range(8)]
+    assert {job.result() for job in inside} == {1}
+
+
+@pytest.mark.parametrize("shape", ["digits", "paper"])
+def test_bfloat16_keeps_a_float32_state_and_the_mean_step(shape: str) -> None:
+    energy, x = make_energy(shape, "silu"), make_images(shape, count=16)
+    one = LangevinConfig(steps=1, tau=0.01)
+    expected = langevin(energy, x, one, generator=seeded())
+    actual = CompiledLangevin(precision="bfloat16")(energy, x, one, generator=seeded())
+    step, error = expected - x, actual - expected
+    assert actual.dtype == torch.float32
+    assert 1e-6 < error.norm() / step.norm() < 2e-2
+    assert abs(error.mean()) < 2e-2 * step.abs().mean()
+
+
+def test_tf32_is_float32_on_a_cpu() -> None:
+    energy, x = make_energy(), make_images()
+    expected = CompiledLangevin()(energy, x, TWENTY, generator=seeded())
+    actual = CompiledLangevin(precision="tf32")(energy, x, TWENTY, generator=seeded())
+    assert torch.equal(actual, expected)
+
+
+def test_copies_and_pickles_work() -> None:
+    energy, x, chain = make_energy(), make_images(), CompiledLangevin(precision="bfloat16")
+    expected = chain(energy, x, TWENTY, generator=seeded())
+    for twin in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        assert twin.precision == "bfloat16"
+        assert torch.equal(twin(energy, x, TWENTY, generator=seeded()), expected)
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    energy, x, chain = make_energy(), make_images(), CompiledLangevin()
+    with pytest.raises(ValueError, match="energy: expected a ConvEnergy, got Linear"):
+        chain(nn.Linear(2, 2), x, TWENTY, generator=seeded())
+    with pytest.raises(ValueError, match=r"x: expected float32, got torch\.float64"):
+        chain(energy, x.double(), TWENTY, generator=seeded())
+    with pytest.raises(ValueError, match=r"x: expected images \(N,1,8,8\), got shape"):
+        chain(energy, make_images("paper"), TWENTY, generator=seeded())
+    with pytest.raises(ValueError, match=r"precision: expected one of .*, got 'float16'"):
+        CompiledLangevin(precision="float16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="activation: expected one with a written-out slope"):
+        slope_of(nn.Tanh())
+
+
+def test_padded_batches_are_few_and_at_most_a_quarter_larger() -> None:
+    sizes = [padded_batch(count) for count in range(64, 1025)]
+    assert all(count <= size <= 1.25 * count for count, size in enumerate(sizes, 64))
+    assert len(set(sizes)) <= 17
+    assert padded_batch(1) == 16
+
+
+class FakeGraph:
+    """A CUDA graph for machines without: replaying it runs again what was recorded."""
+
+    recording: "FakeGraph | None" = None
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, int]] = []
+        self.replays = 0
+
+    def register_generator_state(self, generator: Generator) -> None:
+        self.generator = generator
+
+    def replay(self) -> None:
+        self.replays += 1
+        for graphs, steps in self.calls:
+            assert graphs.call.generator is self.generator
+            ADVANCE(graphs, steps)
+
+
+ADVANCE = compiled._Graphs._advance
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA path on CPU tensors, with everything of CUDA's replaced."""
+
+    @contextmanager
+    def record(graph: FakeGraph) -> Iterator[None]:
+        FakeGraph.recording = graph
+        yield
+        FakeGraph.recording = None
+
+    def advance(graphs: compiled._Graphs, steps: int) -> None:
+        if FakeGraph.recording is not None:
+            FakeGraph.recording.calls.append((graphs, steps))
+        else:
+            ADVANCE(graphs, steps)
+
+    monkeypatch.setattr(compiled._Graphs, "_advance", advance)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(compiled, "GRAPH_STEPS", 5)
+    monkeypatch.setattr(compiled, "_run_parts", MagicMock(side_effect=AssertionError))
+
+
+def run_graphs(
+    chain: CompiledLangevin, energy: ConvEnergy, x: Tensor, steps: int, **options: Any
+) -> Tensor:
+    x = x.clone()
+    config, options = LangevinConfig(steps, 0.01), {"on_step": None, **options}
+    chain._run_graphs(compiled._Call(energy, x, config, precision="float32", **options))
+    return x
+
+
+def test_graph_path_pads_splits_and_moves_the_generator_on(fake_graphs: None) -> None:
+    energy, x, chain = make_energy(activation="silu"), make_images(count=13), CompiledLangevin()
+    padding = torch.zeros(3, 1, 8, 8)
+    mine, reference = seeded(), seeded()
+    for _ in range(2):
+        actual = run_graphs(chain, energy, x, 13, generator=mine)
+        padded = torch.cat([x, padding])
+        expected = langevin(energy, padded, LangevinConfig(13, 0.01), generator=reference)
+        assert relative_difference(actual, expected[:13]) < 1e-5
+        assert torch.equal(mine.get_state(), reference.get_state())
+        with torch.no_grad():
+            for parameter in energy.parameters():
+                parameter.mul_(0.9)
+    (graphs,) = chain._graphs.values()
+    assert {steps: graph.replays for steps, graph in graphs.graphs.items()} == {1: 6, 5: 4}
+    assert copy.deepcopy(chain)._graphs == {}
+
+
+def test_graph_path_shows_every_step(fake_graphs: None) -> None:
+    energy, x, chain = make_energy(activation="silu"), make_images(count=16), CompiledLangevin()
+    seen: list[tuple[int, Tensor]] = []
+    actual = run_graphs(
+        chain, energy, x, 8, generator=seeded(), on_step=lambda k, state: seen.append((k, state))
+    )
+    assert [k for k, _ in seen] == list(range(1, 9))
+    assert torch.equal(seen[-1][1], actual)
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_agree_with_the_plain_chain() -> None:
+    energy, x = make_energy("paper", "silu").cuda(), make_images("paper", count=16).cuda()
+    chain, config = CompiledLangevin(), LangevinConfig(steps=53, tau=0.01)
+    generators = [Generator("cuda").manual_seed(3) for _ in range(2)]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for _ in range(2):
+            expected = langevin(energy, x, config, generator=generators[0])
+            actual = chain(energy, x, config, generator=generators[1])
+            assert relative_difference(actual, expected) < 1e-4
+            with torch.no_grad():
+                energy.layers[0].weight.mul_(1.1)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())

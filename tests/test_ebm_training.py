@@ -1,0 +1,172 @@
+"""One update of Algorithm 2 by hand, and runs that stop and go on."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from defense.bank import ImageBank
+from defense.ebm_training import EBMTrainConfig, EBMTrainer
+from defense.langevin import LangevinConfig, energy_gradient, langevin
+
+TAU = 0.2
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+
+
+def make_config(optimizer: str = "sgd", *, rate: float = 1e-2, steps: int = 3) -> EBMTrainConfig:
+    return EBMTrainConfig(optimizer, rate, 4, 0.1, LangevinConfig(steps, TAU))
+
+
+@pytest.fixture
+def make_trainer(tiny_energy, seeded):
+    """A trainer on twenty random images, the same at every call but for the generator's seed."""
+
+    def make(config: EBMTrainConfig, seed: int = 0, **options) -> EBMTrainer:
+        images = 2 * torch.rand(20, 1, 8, 8, generator=seeded(5)) - 1
+        bank = ImageBank.uniform(images.shape, generator=seeded(6))
+        energy, generator = copy.deepcopy(tiny_energy), seeded(seed)
+        return EBMTrainer(energy, images, bank, config, generator=generator, **options)
+
+    return make
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def draws_of_one_update(trainer: EBMTrainer, seeded) -> tuple[Tensor, Tensor, Tensor]:
+    """X+, slots and X- of the first update of a trainer with seed 0; changes nothing."""
+    config, generator = trainer.config, seeded(0)
+    picks = torch.randint(20, (config.batch,), generator=generator)
+    noise = torch.randn(config.batch, 1, 8, 8, generator=generator)
+    data = trainer.images[picks] + config.data_noise * noise
+    slots = torch.randperm(20, generator=generator)[: config.batch]
+    start = trainer.bank.states[slots]
+    return data, slots, langevin(trainer.energy, start, config.langevin, generator=generator)
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("stop_after", [0, 2])
+def test_resuming_equals_never_stopping(make_trainer, optimizer: str, stop_after: int) -> None:
+    whole, first = make_trainer(make_config(optimizer)), make_trainer(make_config(optimizer))
+    whole_stats = [whole.update() for _ in range(5)]
+    for _ in range(stop_after):
+        first.update()
+    resumed = make_trainer(make_config(optimizer), seed=99)
+    for _ in range(3):  # go astray first: everything that counts must be in the state
+        resumed.update()
+    resumed.load_state_dict(through_a_file(first.state_dict()))
+    stats = [resumed.update() for _ in range(5 - stop_after)]
+    assert torch.equal(weights(resumed.energy), weights(whole.energy))
+    assert torch.equal(resumed.bank.states, whole.bank.states)
+    assert torch.equal(resumed.generator.get_state(), whole.generator.get_state())
+    assert resumed.batches_done == whole.batches_done == 5
+    assert [s.energy_gap for s in stats] == [s.energy_gap for s in whole_stats[stop_after:]]
+
+
+def test_an_sgd_update_moves_by_the_rate_times_the_gradient_of_f(make_trainer, seeded) -> None:
+    """The authors' scaling: f = (tau^2 / 2) U, not U, meets the learning rate."""
+    rate = 0.3
+    trainer = make_trainer(make_config("sgd", rate=rate))
+    data, _, chains = draws_of_one_update(trainer, seeded)
+    before, twin = weights(trainer.energy), copy.deepcopy(trainer.energy)
+    (twin(data).mean() - twin(chains).mean()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in twin.parameters()])
+    trainer.update()
+    moved = weights(trainer.energy) - before
+    assert gradient.norm() > 1e-2
+    torch.testing.assert_close(moved, -rate * gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_first_adam_update_moves_every_weight_by_the_rate(make_trainer, seeded) -> None:
+    rate = 1e-3
+    trainer = make_trainer(make_config("adam", rate=rate))
+    data, _, chains = draws_of_one_update(trainer, seeded)
+    before, twin = weights(trainer.energy), copy.deepcopy(trainer.energy)
+    (twin(data).mean() - twin(chains).mean()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in twin.parameters()])
+    trainer.update()
+    moved, clear = weights(trainer.energy) - before, gradient.abs() > 1e-5
+    assert clear.float().mean() > 0.9
+    torch.testing.assert_close(moved[clear], -rate * gradient.sign()[clear], rtol=1e-3, atol=1e-6)
+
+
+@OPTIMIZERS
+def test_the_bank_receives_the_ends_of_its_own_chains(make_trainer, seeded, optimizer: str) -> None:
+    trainer = make_trainer(make_config(optimizer))
+    before = trainer.bank.states.clone()
+    _, slots, chains = draws_of_one_update(trainer, seeded)
+    trainer.update()
+    others = [slot for slot in range(20) if slot not in slots.tolist()]
+    assert torch.equal(trainer.bank.states[slots], chains)
+    assert torch.equal(trainer.bank.states[others], before[others])
+    assert (chains - before[slots]).flatten(1).norm(dim=1).min() > 0.1
+
+
+def test_the_statistics_are_in_the_units_they_claim(make_trainer, seeded) -> None:
+    trainer = make_trainer(make_config(rate=0.0))
+    data, _, chains = draws_of_one_update(trainer, seeded)
+    stats = trainer.update()
+    with torch.no_grad():
+        gap = (trainer.energy(data).mean() - trainer.energy(chains).mean()) / (TAU**2 / 2)
+    norm = energy_gradient(trainer.energy, chains).flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(stats.energy_gap, gap)
+    torch.testing.assert_close(stats.gradient_norm, norm)
+    assert not stats.energy_gap.requires_grad
+
+
+def test_the_gradient_norm_is_not_computed_unless_asked_for(make_trainer) -> None:
+    asked, spared = make_trainer(make_config()), make_trainer(make_config())
+    asked.update()
+    assert spared.update(gradient_norm=False).gradient_norm is None
+    assert torch.equal(weights(spared.energy), weights(asked.energy))
+    assert torch.equal(spared.generator.get_state(), asked.generator.get_state())
+
+
+@OPTIMIZERS
+def test_an_update_lowers_the_energy_of_data_against_chains(
+    quadratic, seeded, optimizer: str
+) -> None:
+    """Data at the centre, chains far out: the gap is negative, and the well gets steeper."""
+    data, bank = torch.zeros(4, 1, 2, 2), ImageBank(torch.full((4, 1, 2, 2), 3.0))
+    config = EBMTrainConfig(optimizer, 0.01, 4, 0.0, LangevinConfig(0, TAU))
+    energy = quadratic(0.5)
+    stats = EBMTrainer(energy, data, bank, config, generator=seeded()).update()
+    assert stats.energy_gap.item() == pytest.approx(-0.5 / 2 * 36 / (TAU**2 / 2), rel=1e-5)
+    moved = 0.01 if optimizer == "adam" else 0.01 * 18
+    assert energy.a.item() == pytest.approx(0.5 + moved, rel=1e-4)
+
+
+def test_the_chain_is_the_one_that_was_given(make_trainer) -> None:
+    calls = []
+
+    def frozen_chain(energy, x, config, *, generator, on_step=None):
+        calls.append((len(x), config))
+        return x
+
+    trainer = make_trainer(make_config(steps=7), chain=frozen_chain)
+    before = trainer.bank.states.clone()
+    trainer.update()
+    assert calls == [(4, LangevinConfig(7, TAU))]
+    assert torch.equal(trainer.bank.states, before)
+
+
+def test_the_global_stream_is_left_alone(make_trainer) -> None:
+    trainer, before = make_trainer(make_config("adam")), torch.get_rng_state()
+    trainer.update()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unknown_optimizer_is_refused(make_trainer) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        make_trainer(make_config("adamw"))

@@ -1,0 +1,44 @@
+"""README: its table is the report's, its links lead somewhere, its commands and code run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stages.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_the_reports() -> None:
+    assert (ROOT / "reports/digits/summary.md").read_text() in README
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+def test_named_files_exist() -> None:
+    for name in re.findall(r"`((?:defense|stages|presets)/[a-z_/.]+)`", README):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^    stochsec (.+)$", README, re.M))))
+def test_commands_exist_with_their_options(line: str) -> None:
+    words = line.split("#")[0].split()
+    if words == ["--help"]:
+        return
+    result = CliRunner().invoke(app, [words[0], "--help"])
+    assert result.exit_code == 0
+    for option in (word for word in words[1:] if word.startswith("--")):
+        assert option in result.output
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_code_runs(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
