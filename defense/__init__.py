@@ -2,7 +2,9 @@
 
 rng, pixels         one generator per purpose; the two pixel ranges
 energy, classifier  the networks: ConvEnergy, WideResNet
-langevin            the chain, equation (3)
+langevin            the chain, equation (3): the plain reference
+written_gradient, compiled
+                    the same call, fast: CompiledLangevin
 eot                 EOTDefense, the defended classifier, equations (4)-(6)
 threat, attack      the ball and Algorithm 1, equations (7)-(10)
 bank, ebm_training  the persistent chains and Algorithm 2, equations (1)-(2)
@@ -13,6 +15,7 @@ diagnostics         states along chains, the spread of mean logits
 
 from defense.attack import NEVER, AttackConfig, AttackRecord, run_attack, run_transfer
 from defense.classifier import WideResNet
+from defense.compiled import CompiledLangevin
 from defense.energy import ConvEnergy
 from defense.eot import EOTDefense, straight_through
 from defense.inference import freeze
@@ -24,6 +27,7 @@ __all__ = [
     "AttackConfig",
     "AttackRecord",
     "Chain",
+    "CompiledLangevin",
     "ConvEnergy",
     "EOTDefense",
     "LangevinConfig",
