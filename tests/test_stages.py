@@ -146,9 +146,8 @@ def test_records_are_taken_shard_by_shard(folder: Path) -> None:
 
 
 def run_in_background(words: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "stages", *words.split()]
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
 
 
