@@ -15,11 +15,9 @@ from stages.artifacts import AttackResult, Images, load_images
 from stages.console import Track, say
 from stages.hardware import Hardware
 from stages.models import Nets, threat
-from stages.params import PGD, Params
+from stages.params import ATTACKS, PGD, Params
 from stages.resume import Scratch
 from stages.train_classifier import load_classifier
-
-ATTACKS = ("pgd", "transfer_short", "transfer_long", "bpda_eot")
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def plan_transfer(nets: Nets, attack: str, pgd: AttackResult) -> Plan:
     """Images of the PGD on the bare classifier, judged by the defense with K or K_short steps."""
     params = nets.params
     size, replicas = params.attack.pgd, params.attack.transfer.replicas
-    steps = params.langevin.K if attack == "transfer_long" else params.langevin.K_short
+    steps = params.langevin.K if attack == "transfer_K" else params.langevin.K_short
 
     def evaluate(shard: int, x: Tensor, y: Tensor, on_step: Callable[[int], None]) -> AttackRecord:
         first = shard * params.attack.shard

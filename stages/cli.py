@@ -76,6 +76,13 @@ def _stage(params_file: Path) -> Iterator[Params]:
 
 
 @app.command()
+def check_params(params_file: ParamsFile = DEFAULT_PARAMS, out: Out = None) -> None:
+    """Validate the parameters; the workflow begins with it, so a wrong value costs no result."""
+    with _stage(params_file) as params:
+        write_text(out or Paths(params.run, "").checked, "valid\n")
+
+
+@app.command()
 def prepare_data(
     dataset: Dataset, params_file: ParamsFile = DEFAULT_PARAMS, out: Out = None
 ) -> None:
@@ -152,8 +159,8 @@ def attack(
     attack: Annotated[
         str,
         typer.Argument(
-            help="pgd (bare classifier), transfer_short, transfer_long (its images against the "
-            "defense with K_short and K steps) or bpda_eot (Algorithm 1)."
+            help="pgd (bare classifier), transfer_K_short, transfer_K (its images against the "
+            "defense with that many steps) or bpda_eot (Algorithm 1)."
         ),
     ],
     params_file: ParamsFile = DEFAULT_PARAMS,

@@ -15,6 +15,11 @@ class Paths:
     root: Path = Path()
 
     @property
+    def checked(self) -> Path:
+        """The mark that params.yaml is valid; every stage of the workflow waits for it."""
+        return self.root / f"artifacts/{self.run}/params.checked"
+
+    @property
     def images(self) -> Path:
         """Train and test images with labels."""
         return self.root / f"artifacts/{self.run}/data/{self.dataset}.npz"

@@ -1,7 +1,7 @@
 """params.yaml as typed, validated sections. No torch here: a wrong value is reported at once."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from stages import StageError
 
 PRESETS = Path(__file__).parent.parent / "presets"
+
+ATTACKS = ("pgd", "transfer_K_short", "transfer_K", "bpda_eot")
+PHASES = ("adam", "convergent", "nonconvergent")
 
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
@@ -235,6 +238,15 @@ def _describe(error: Any) -> str:
     if error["type"] == "missing":
         return f"{where}: missing"
     if error["type"] == "extra_forbidden":
-        return f"{where} = {error['input']!r}: no such parameter"
+        return f"{where} = {error['input']!r}: no such parameter; expected {_names(error['loc'])}"
     message = error["msg"].replace("Input should be ", "expected ")
     return f"{where} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _names(where: tuple[str | int, ...]) -> str:
+    """The names that are allowed where a wrong one stands."""
+    section: Any = Params
+    for name in where[:-1]:
+        kind = section if isinstance(section, type) else get_args(section)[1]  # dict[Name, kind]
+        section = kind.model_fields[name].annotation if section is kind else kind
+    return "one of " + ", ".join(section.model_fields)

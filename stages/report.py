@@ -14,18 +14,12 @@ from stages import StageError, figures
 from stages.artifacts import AttackResult, load_tensors
 from stages.console import console, say
 from stages.files import Paths, write_text
-from stages.params import Params
+from stages.params import ATTACKS, Params
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 FULL_SCALE = {1: ("cifar10",), 2: ("cifar10",), 3: ("svhn", "cifar100")}
 NOT_RUN = "not run"
 EMPTY = "-"  # the source gives no number
-ATTACK_NAMES = {
-    "pgd": "PGD on f(x)",
-    "transfer_short": "PGD on f(x), transferred",
-    "transfer_long": "PGD on f(x), transferred",
-    "bpda_eot": "BPDA+EOT",
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def run(params: Params, out: Path) -> None:
     results = {
         (dataset, attack): judged(Paths(params.run, dataset).record(attack))
         for dataset in params.datasets
-        for attack in ATTACK_NAMES
+        for attack in ATTACKS
     }
     compared, _ = load_tensors(Paths(params.run, params.compare_dataset).record("compare"))
     diagnosed = {
@@ -171,8 +165,8 @@ def summarise(params: Params, rows: pd.DataFrame, curve: pd.DataFrame) -> dict[s
         summary[dataset] = {
             "bare_natural": own["pgd", "natural"],
             "bare_pgd": own["pgd", "adversarial"],
-            "defended_natural": own["transfer_long", "natural"],
-            "defended_transfer": own["transfer_long", "adversarial"],
+            "defended_natural": own["transfer_K", "natural"],
+            "defended_transfer": own["transfer_K", "adversarial"],
             "defended_bpda_eot": own["bpda_eot", "adversarial"],
         }
     natural = curve[curve.images == "natural"]
@@ -204,8 +198,8 @@ def summary_table(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -
     lines = {
         "bare classifier, natural images": ("pgd", "natural", first["base_natural"]),
         "bare classifier, PGD": ("pgd", "adversarial", first["base_adversarial"]),
-        "defense, natural images": ("transfer_long", "natural", first["natural"]),
-        "defense, the same PGD images": ("transfer_long", "adversarial", first["adversarial"]),
+        "defense, natural images": ("transfer_K", "natural", first["natural"]),
+        "defense, the same PGD images": ("transfer_K", "adversarial", first["adversarial"]),
         "defense, BPDA+EOT (Algorithm 1)": ("bpda_eot", "adversarial", second["adversarial"]),
     }
     table = pd.DataFrame(
@@ -243,7 +237,7 @@ def table1(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> tuple
     for dataset in measured_datasets(params, 1):
         cells = [
             cell(rows, dataset, attack, metric)
-            for attack in ("pgd", "transfer_short", "transfer_long")
+            for attack in ("pgd", "transfer_K_short", "transfer_K")
             for metric in ("natural", "adversarial")
         ]
         ran = dataset in params.datasets

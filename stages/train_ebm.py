@@ -22,10 +22,9 @@ from stages.console import Track, say
 from stages.engine import choose_chain
 from stages.files import write_csv
 from stages.hardware import Hardware
-from stages.params import Params
+from stages.params import PHASES, Params
 from stages.resume import Scratch, Stopwatch
 
-PHASES = ("adam", "convergent", "nonconvergent")
 ROW_EVERY = 10  # batches between two rows of the history
 
 

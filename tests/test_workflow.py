@@ -84,7 +84,14 @@ def module_of(stage: str) -> str:
     return f"stages/{command.replace('-', '_')}.py"
 
 
-@pytest.mark.parametrize("stage", GRAPH)
+def test_the_parameters_are_checked_before_any_stage_loses_its_outs() -> None:
+    checked = "artifacts/${run}/params.checked"
+    assert GRAPH["check_params"]["outs"] == [checked]
+    for name, stage in GRAPH.items():
+        assert name == "check_params" or checked in stage["deps"], name
+
+
+@pytest.mark.parametrize("stage", sorted(GRAPH.keys() - {"check_params"}))
 def test_code_dependencies_are_exactly_what_the_stage_imports(stage: str) -> None:
     listed = {dep for dep in GRAPH[stage]["deps"] if dep.endswith(".py")}
     assert listed == closure(module_of(stage))
@@ -118,18 +125,18 @@ def test_imports_in_the_library_go_one_way() -> None:
 
 def test_paths_in_the_graph_are_those_of_the_code() -> None:
     paths = Paths("RUN", "SET")
-    known = {str(paths.images), "artifacts/RUN/records", "reports/RUN"}
+    known = {str(paths.images), str(paths.checked), "artifacts/RUN/records", "reports/RUN"}
     names = ("classifier", "ebm_adam", "ebm_convergent", "ebm_nonconvergent")
     known |= {str(paths.model(name)) for name in names}
     known |= {str(paths.state(name)) for name in names[1:]}
     known |= {str(paths.history(name)) for name in names}
-    records = ("pgd", "transfer_short", "transfer_long", "bpda_eot", "compare", "diagnose")
+    records = ("pgd", "transfer_K_short", "transfer_K", "bpda_eot", "compare", "diagnose")
     known |= {str(paths.record(name)) for name in records}
     stated: set[str] = set()
     for stage in GRAPH.values():
         for entry in [*stage["deps"], *stage["outs"]]:
             path = next(iter(entry)) if isinstance(entry, dict) else entry
-            for chain in ("short", "long"):
+            for chain in ("K", "K_short"):
                 filled = path.replace("${run}", "RUN").replace("${item.dataset}", "SET")
                 stated.add(filled.replace("${item.chain}", chain))
     assert {path for path in stated if "RUN" in path} == known
@@ -138,7 +145,8 @@ def test_paths_in_the_graph_are_those_of_the_code() -> None:
 def test_every_parameter_is_read_by_some_stage() -> None:
     values = yaml.safe_load(presets.text("digits"))
     values["data"] = {"${item.dataset}": values["data"]["digits"]}
-    stated = {key for stage in GRAPH.values() for key in stage.get("params", [])}
+    keys = {key for stage in GRAPH.values() for key in stage.get("params", [])}
+    stated = {key.replace("${item.chain}", chain) for key in keys for chain in ("K", "K_short")}
     covered = {"run"}  # an axis of the matrix
 
     def walk(value: object, key: str) -> None:
