@@ -48,7 +48,7 @@ class AttackConfig:
 class AttackRecord:
     """What an attack found on B images; accuracy and its curve over steps follow from it alone."""
 
-    adversarial: Tensor  # (B,C,H,W) pixels: the breaking iterate, else the last one
+    adversarial: Tensor  # (B,C,H,W) pixels: the breaking iterate, else the last or strongest one
     clean_logits: Tensor  # (B, classes) target on the clean image
     adversarial_logits: Tensor  # (B, classes) target on ``adversarial``, drawn afresh
     broken_at: Tensor  # (B,) int64: updates before the first verified break, or NEVER

@@ -1,6 +1,7 @@
 """Images, weights, training states and records on disk."""
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,15 +15,12 @@ from torch import Tensor, nn
 
 from defense.attack import AttackRecord
 from stages import StageError
-from stages.files import Whole
-
-
-def _require(path: Path, made_by: str) -> None:
-    if not path.is_file():
-        raise StageError(f"{path}: no such file; {made_by} makes it")
-
+from stages.files import Whole, require
 
 # Images
+
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
+"""What numpy raises for a file that is no good .npz."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,11 @@ class Images:
     images: Tensor
     labels: Tensor
     index: Tensor
+
+    def shards(self, size: int) -> list["Images"]:
+        """Runs of at most ``size`` images; the random streams of a run belong together."""
+        parts = (getattr(self, field.name).split(size) for field in fields(self))
+        return [Images(*part) for part in zip(*parts, strict=True)]
 
 
 def save_images(path: Path, train: Images, test: Images) -> None:
@@ -47,11 +50,11 @@ def save_images(path: Path, train: Images, test: Images) -> None:
 
 def load_images(path: Path, split: str, count: int | None = None) -> Images:
     """The first ``count`` images (None: all) of "train" or "test"."""
-    _require(path, "`stochsec prepare-data`")
+    require(path, "`stochsec prepare-data`")
     try:
         with np.load(path) as arrays:
             parts = [arrays[f"{split}_{field.name}"][:count] for field in fields(Images)]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except UNREADABLE as error:
         raise StageError(
             f"{path}: not an image file of `stochsec prepare-data` ({error})"
         ) from None
@@ -73,7 +76,7 @@ def save_weights(path: Path, module: nn.Module) -> None:
 
 def load_weights(path: Path, module: nn.Module, made_by: str) -> None:
     """Fill a network from a file; `StageError` if it is missing, corrupt or of another shape."""
-    _require(path, made_by)
+    require(path, made_by)
     tensors, _ = load_tensors(path)
     try:
         module.load_state_dict(tensors)
@@ -90,11 +93,13 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 def load_state(path: Path, made_by: str, device: torch.device) -> dict[str, Any]:
     """Read what `save_state` wrote, onto a device; generator states stay on the CPU."""
-    _require(path, made_by)
+    require(path, made_by)
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise StageError(f"{path}: not a readable training state ({error})") from None
+    if "generator" not in state:
+        raise StageError(f"{path}: not a training state")
     state["generator"] = state["generator"].cpu()
     return state
 
@@ -138,7 +143,7 @@ class AttackResult:
     @classmethod
     def load(cls, path: Path, made_by: str = "`stochsec attack`") -> "AttackResult":
         """Read what `save` wrote."""
-        _require(path, made_by)
+        require(path, made_by)
         tensors, about = load_tensors(path)
         try:
             images = Images(**{f.name: tensors[f.name] for f in fields(Images)})

@@ -12,12 +12,12 @@ from defense.pixels import from_bytes
 from defense.rng import make_generator
 from stages import StageError
 from stages.artifacts import AttackResult, Images, load_images
+from stages.classifiers import load_classifier
 from stages.console import Track, say
 from stages.hardware import Hardware
 from stages.models import Nets, threat
 from stages.params import ATTACKS, PGD, Params
 from stages.resume import Scratch
-from stages.train_classifier import load_classifier
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Plan:
 
     count: int  # images
     steps: int  # of the progress line, in one shard
-    conditions: dict[str, object]  # the numbers that the accuracy belongs to
     evaluate: Callable[[int, Tensor, Tensor, Callable[[int], None]], AttackRecord]
     """(shard, pixels (B,C,H,W), labels (B,), on_step) -> record."""
 
@@ -84,24 +83,21 @@ def run_shards(
         "run": params.run,
         "dataset": dataset,
         "attack": attack,
-        **plan.conditions,
-        "device": hardware.device.type,
-        "torch": torch.__version__,
+        **params.conditions(attack),
+        **hardware.conditions(),
     }
-    size = params.attack.shard
-    slices = [slice(start, start + size) for start in range(0, plan.count, size)]
+
+    def key(p: Params) -> object:
+        return p.seed, attack, p.classifier, p.energy, p.data[dataset], p.langevin, p.attack
+
+    parts = data.shards(params.attack.shard)
     shards: list[AttackResult] = []
     with (
-        Scratch(
-            f"attack-{dataset}-{attack}",
-            (params.seed, about, size, hardware.max_chains),
-            inputs,
-        ) as scratch,
-        Track(f"{attack} {dataset}", plan.steps * len(slices), unit="steps") as track,
+        Scratch(f"attack-{dataset}-{attack}", params, key, inputs, hardware) as scratch,
+        Track(f"{attack} {dataset}", plan.steps * len(parts), unit="steps") as track,
     ):
-        for number, where in enumerate(slices):
+        for number, part in enumerate(parts):
             path = scratch.folder / f"shard-{number:04d}.safetensors"
-            part = Images(data.images[where], data.labels[where], data.index[where])
 
             def on_step(robust: int, shown: str = f"of {len(part.labels)} in this shard") -> None:
                 track.advance(watch=f"{robust} robust {shown}")
@@ -139,7 +135,7 @@ def plan_pgd(params: Params, dataset: str, hardware: Hardware, weights: Path) ->
             classifier, classifier, x, y, config, generator=generator, on_step=on_step
         )
 
-    return Plan(size.images, steps_of(size), conditions(params, size), evaluate)
+    return Plan(size.images, steps_of(size), evaluate)
 
 
 def plan_bpda_eot(nets: Nets) -> Plan:
@@ -160,8 +156,7 @@ def plan_bpda_eot(nets: Nets) -> Plan:
             on_step=on_step,
         )
 
-    shown = {"K": langevin.K, "H_adv": langevin.H_adv, "H_def": langevin.H_def}
-    return Plan(size.images, steps_of(size), {**conditions(params, size), **shown}, evaluate)
+    return Plan(size.images, steps_of(size), evaluate)
 
 
 def plan_transfer(nets: Nets, attack: str, pgd: AttackResult) -> Plan:
@@ -169,6 +164,10 @@ def plan_transfer(nets: Nets, attack: str, pgd: AttackResult) -> Plan:
     params = nets.params
     size, replicas = params.attack.pgd, params.attack.transfer.replicas
     steps = params.langevin.K if attack == "transfer_K" else params.langevin.K_short
+    count = params.attack.transfer.images
+    if len(pgd.record.adversarial) < count:
+        found = len(pgd.record.adversarial)
+        raise StageError(f"attack.transfer.images: expected <= {found} in the PGD record")
 
     def evaluate(shard: int, x: Tensor, y: Tensor, on_step: Callable[[int], None]) -> AttackRecord:
         first = shard * params.attack.shard
@@ -176,9 +175,7 @@ def plan_transfer(nets: Nets, attack: str, pgd: AttackResult) -> Plan:
         target = nets.defense(steps, replicas, f"{attack}/{shard}")
         return run_transfer(target, x, x_adv, y, steps=size.steps)
 
-    shown = {"K": steps, "H_def": replicas}
-    count = params.attack.transfer.images
-    return Plan(count, 1, {**conditions(params, size), **shown}, evaluate)
+    return Plan(count, 1, evaluate)
 
 
 def attack_config(params: Params, size: PGD, *, stop_at_break: bool) -> AttackConfig:
@@ -190,18 +187,6 @@ def attack_config(params: Params, size: PGD, *, stop_at_break: bool) -> AttackCo
         size.restarts,
         stop_at_break=stop_at_break,
     )
-
-
-def conditions(params: Params, size: PGD) -> dict[str, object]:
-    """What every gradient attack states beside its number."""
-    attack = params.attack
-    return {
-        "norm": attack.norm,
-        "eps_255": attack.eps_255,
-        "step_255": attack.step_255,
-        "steps": size.steps,
-        "restarts": size.restarts,
-    }
 
 
 def steps_of(size: PGD) -> int:

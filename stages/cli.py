@@ -41,32 +41,41 @@ ImagesFile = Annotated[
 ]
 ClassifierFile = Annotated[
     Path | None,
-    typer.Option("--classifier", help="Classifier weights; default models/DATASET/classifier."),
+    typer.Option(
+        "--classifier", help="Classifier weights; default artifacts/RUN/models/DATASET/classifier."
+    ),
 ]
 EnergyFile = Annotated[
     Path | None,
-    typer.Option("--energy", help="Energy weights; default models/DATASET/ebm_convergent."),
+    typer.Option(
+        "--energy", help="Energy weights; default artifacts/RUN/models/DATASET/ebm_convergent."
+    ),
 ]
 PGDRecord = Annotated[
     Path | None,
-    typer.Option("--pgd", help="Record of PGD on the bare classifier, whose images are judged."),
+    typer.Option(
+        "--pgd",
+        help="Record of PGD on the bare classifier, whose images are judged; default "
+        "artifacts/RUN/records/DATASET/pgd.",
+    ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Where to write instead of the default.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        dir_okay=False,
+        help="Where to write; default as dvc.yaml states. What else a stage writes goes beside it.",
+    ),
+]
 
 DEFAULT_PARAMS = Path("params.yaml")
 
 
 @contextmanager
 def _stage(params_file: Path) -> Iterator[Params]:
-    """Validated parameters; one line and an exit status for whatever the user can mend.
-
-    DVC records parameters when a stage ends, so a file edited meanwhile is an error.
-    """
+    """Validated parameters; one line and an exit status for whatever the user can mend."""
     try:
-        params = load_params(params_file)
-        yield params
-        if load_params(params_file) != params:
-            raise StageError(f"{params_file}: changed while the stage ran; run it again")
+        yield load_params(params_file)
     except StageError as error:
         say(f"error: {error}")
         raise typer.Exit(2) from None
@@ -115,7 +124,7 @@ def train_classifier(
             Hardware.choose(device),
             images=images or paths.images,
             out=out or paths.model("classifier"),
-            history=paths.history("classifier"),
+            history=out.with_suffix(".csv") if out else paths.history("classifier"),
         )
 
 
@@ -148,8 +157,8 @@ def train_ebm(
             images=images or paths.images,
             start=start or paths.state("ebm_adam"),
             out=out or paths.model(name),
-            state_out=paths.state(name),
-            history=paths.history(name),
+            state_out=out.with_suffix(".state.pt") if out else paths.state(name),
+            history=out.with_suffix(".csv") if out else paths.history(name),
         )
 
 
@@ -280,11 +289,14 @@ def report(
 @app.command()
 def preset(
     name: Annotated[
-        str | None, typer.Argument(help="digits or paper; without a name, list them.")
+        str | None,
+        typer.Argument(
+            help="A file in presets/, such as digits or paper; without a name, list them."
+        ),
     ] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
-    """Write params.yaml for a preset: digits (the small default) or paper (full scale)."""
+    """Write params.yaml for a preset; its comments name the source of each number."""
     try:
         if name is None:
             say("presets: " + ", ".join(presets.names()))

@@ -17,10 +17,11 @@ from stages.console import Track, say
 from stages.engine import choose_chain
 from stages.hardware import Hardware
 from stages.models import Nets, threat
-from stages.params import Params
+from stages.params import MODELS, Params
 from stages.resume import Scratch
 
-MODELS = ("convergent", "nonconvergent")
+Piece = Callable[[], dict[str, Tensor]]
+
 SAMPLES = 12  # images whose states are kept for the picture
 
 
@@ -38,40 +39,67 @@ def run(
     """Accuracy on natural, transferred and attacked images, energies and samples, at every K."""
     compare = params.compare
     data = load_images(images, "test", compare.images)
-    adversarial = AttackResult.load(pgd).record.adversarial[: compare.images]
+    adversarial = AttackResult.load(pgd).record.adversarial
     about = {"run": params.run, "dataset": dataset, **compare.model_dump()}
-    key = (params.seed, params.attack.model_dump(), hardware.max_chains, about)
     inputs = [images, classifier, pgd, *models.values()]
-    tensors: dict[str, Tensor] = {"K": torch.tensor(compare.K), "labels": data.labels}
-    attacked = [steps for steps in compare.K if steps and compare.bpda_eot.images]
+
+    def key(p: Params) -> object:
+        return p.seed, dataset, p.data[dataset], p.classifier, p.energy, p.attack, p.compare
+
+    work: list[tuple[str, Piece]] = []
+    for model in MODELS:
+        nets = Nets.load(params, dataset, hardware, classifier=classifier, energy=models[model])
+        work += pieces_of(nets, model, data, adversarial)
+    pieces: dict[str, list[dict[str, Tensor]]] = {}
     with (
-        Scratch(f"compare-{dataset}", key, inputs) as scratch,
-        Track(f"compare {dataset}", 2 * (2 + len(attacked)), unit="curves") as track,
+        Scratch(f"compare-{dataset}", params, key, inputs, hardware) as scratch,
+        Track(f"compare {dataset}", len(work), unit="pieces") as track,
     ):
-        for model in MODELS:
-            nets = Nets.load(params, dataset, hardware, classifier=classifier, energy=models[model])
-            curves: dict[str, Callable[[], dict[str, Tensor]]] = {
-                "natural": partial(along, nets, f"{model}/natural", from_bytes(data.images)),
-                "transfer": partial(along, nets, f"{model}/transfer", adversarial),
-            }
-            for steps in attacked:
-                curves[f"bpda_eot/{steps}"] = partial(bpda_eot, nets, model, steps, data)
-            for curve, compute in curves.items():
-                path = scratch.folder / f"{model}-{curve.replace('/', '-')}.safetensors"
-                if not path.exists():
-                    save_tensors(path, compute(), {})
-                pieces, _ = load_tensors(path)
-                tensors |= {f"{model}/{curve}/{name}": value for name, value in pieces.items()}
-                track.advance(watch=model)
-                scratch.check()
-        save_tensors(out, tensors, about)
+        for number, (curve, compute) in enumerate(work):
+            path = scratch.folder / f"piece-{number:05d}.safetensors"
+            if not path.exists():
+                save_tensors(path, compute(), {})
+            pieces.setdefault(curve, []).append(load_tensors(path)[0])
+            track.advance(watch=curve)
+            scratch.check()
+        tensors = {"K": torch.tensor(compare.K), "labels": data.labels, **joined(pieces)}
+        save_tensors(out, tensors, {**about, **hardware.conditions()})
         scratch.done()
     for model in MODELS:
         right = tensors[f"{model}/natural/logits"].argmax(2) == data.labels
-        curve = "  ".join(
-            f"{K}: {value:.3f}" for K, value in zip(compare.K, right.float().mean(1), strict=True)
-        )
+        means = right.float().mean(1).tolist()
+        curve = "  ".join(f"{K}: {value:.3f}" for K, value in zip(compare.K, means, strict=True))
         say(f"compare {dataset} {model}, natural accuracy over K: {curve}")
+
+
+def pieces_of(nets: Nets, model: str, data: Images, adversarial: Tensor) -> list[tuple[str, Piece]]:
+    """The work on one energy, shard by shard: (name of the curve, what computes a piece of it)."""
+    compare, size = nets.params.compare, nets.params.attack.shard
+    work: list[tuple[str, Piece]] = []
+    for number, (shard, adv) in enumerate(
+        zip(data.shards(size), adversarial[: compare.images].split(size), strict=True)
+    ):
+        for images, pixels in (("natural", from_bytes(shard.images)), ("transfer", adv)):
+            curve = f"{model}/{images}"
+            work.append((curve, partial(along, nets, f"{curve}/{number}", pixels)))
+    count = compare.bpda_eot.images
+    attacked = Images(data.images[:count], data.labels[:count], data.index[:count])
+    for steps in compare.K if count else ():
+        for number, shard in enumerate(attacked.shards(size) if steps else ()):
+            curve = f"{model}/bpda_eot/{steps}"
+            work.append((curve, partial(bpda_eot, nets, f"{curve}/{number}", steps, shard)))
+    return work
+
+
+def joined(pieces: dict[str, list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The shards of every curve as one; of the samples, the first few."""
+    tensors = {}
+    for curve, parts in pieces.items():
+        for name in parts[0]:
+            axis = 0 if name in ("natural", "robust") else 1  # the axis of the images
+            whole = torch.cat([part[name] for part in parts], dim=axis)
+            tensors[f"{curve}/{name}"] = whole[:, :SAMPLES] if name == "samples" else whole
+    return tensors
 
 
 def along(nets: Nets, purpose: str, pixels: Tensor) -> dict[str, Tensor]:
@@ -101,16 +129,15 @@ def along(nets: Nets, purpose: str, pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def bpda_eot(nets: Nets, model: str, steps: int, data: Images) -> dict[str, Tensor]:
-    """Who is right when clean, and who survives BPDA+EOT, on the first images; both (B,) bool."""
+def bpda_eot(nets: Nets, purpose: str, steps: int, data: Images) -> dict[str, Tensor]:
+    """Who is right when clean, and who survives BPDA+EOT; both (B,) bool."""
     params, device = nets.params, nets.hardware.device
     size = params.compare.bpda_eot
-    labels = data.labels[: size.images].to(device)
-    purpose = f"compare/{model}/{steps}"
+    labels, purpose = data.labels.to(device), f"compare/{purpose}"
     record = run_attack(
         nets.defense(steps, size.H_adv, f"{purpose}/surrogate"),
         nets.defense(steps, size.H_def, f"{purpose}/target"),
-        from_bytes(data.images[: size.images]).to(device),
+        from_bytes(data.images).to(device),
         labels,
         AttackConfig(threat(params), size.steps, params.attack.step_255),
         generator=make_generator(params.seed, nets.dataset, purpose, device=device),

@@ -62,10 +62,15 @@ def run(
         levels = [energies(nets.energy, s, tau=tau, batch=hardware.max_chains) for s in states]
         return {"states": states, "energies": torch.stack(levels), "bank": bank[:SAMPLES]}
 
-    key = (params.seed, dataset, langevin.model_dump(), diagnose.model_dump(), hardware.max_chains)
+    def key(p: Params) -> object:
+        data = p.data[dataset]
+        return p.seed, dataset, data, p.classifier, p.energy, p.ebm.steps, p.langevin, p.diagnose
+
     tensors: dict[str, Tensor] = {"grid": torch.tensor(grid), "images": pixels}
     with (
-        Scratch(f"diagnose-{dataset}", key, [images, classifier, energy, state]) as scratch,
+        Scratch(
+            f"diagnose-{dataset}", params, key, [images, classifier, energy, state], hardware
+        ) as scratch,
         Track(f"diagnose {dataset}", 2, unit="parts") as track,
         torch.no_grad(),
     ):
@@ -76,7 +81,8 @@ def run(
             tensors |= load_tensors(path)[0]
             track.advance(watch=name)
             scratch.check()
-        save_tensors(out, tensors, {"run": params.run, "dataset": dataset, "K": langevin.K})
+        about = {"run": params.run, "dataset": dataset, "K": langevin.K, **hardware.conditions()}
+        save_tensors(out, tensors, about)
         scratch.done()
     say(f"diagnose {dataset}: safe image {tensors['chosen'][0]}, borderline {tensors['chosen'][1]}")
 

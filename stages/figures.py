@@ -37,7 +37,7 @@ CURVES = {
     "transfer": ("PGD images of the bare classifier", ORANGE, "s"),
     "bpda_eot": ("BPDA+EOT", GREEN, "^"),
 }
-MODELS = {"convergent": "convergent (Adam, then SGD)", "nonconvergent": "non-convergent (Adam)"}
+TITLES = {"convergent": "convergent (Adam, then SGD)", "nonconvergent": "non-convergent (Adam)"}
 
 
 def save(figure: Figure, stem: Path) -> None:
@@ -56,12 +56,14 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
 def over_steps(curve: pd.DataFrame, chosen: int) -> Figure:
     """Figure 4: accuracy over K, convergent and non-convergent side by side."""
     figure, axes = _figure(1, 2, (8.0, 3.2))
-    for ax, (model, title) in zip(axes, MODELS.items(), strict=True):
+    for ax, (model, title) in zip(axes, TITLES.items(), strict=True):
         for images, (label, colour, marker) in CURVES.items():
             part = curve[(curve.model == model) & (curve.images == images)]
             if part.empty:
                 continue
-            label = f"{label} (n={part.n.iloc[0]})"
+            first = part.iloc[0]
+            updates = f", N={first.N}" if first.N else ""
+            label = f"{label} (n={first.n}, H={first.H}{updates})"
             ax.plot(part.K, part.accuracy, color=colour, marker=marker, ms=4, label=label)
             ax.fill_between(part.K, part.low, part.high, color=colour, alpha=0.15, lw=0)
         ax.axvline(chosen, color=GREY, ls=":", lw=1)
@@ -84,7 +86,7 @@ def energy_over_steps(compared: dict[str, Tensor]) -> Figure:
     """Mean energy along the chains of Figure 4."""
     figure, axes = _figure(1, 2, (8.0, 2.8))
     steps = compared["K"].numpy()
-    for ax, (model, title) in zip(axes, MODELS.items(), strict=True):
+    for ax, (model, title) in zip(axes, TITLES.items(), strict=True):
         start = compared[f"{model}/natural/energies"][0].mean()
         for images in ("natural", "transfer"):
             label, colour, marker = CURVES[images]
@@ -162,7 +164,7 @@ def two_models(compared: dict[str, Tensor]) -> Figure:
     steps = compared["K"].tolist()
     picks = sorted({0, len(steps) // 2, 3 * len(steps) // 4, len(steps) - 1})
     figure, axes = _figure(len(picks), 2, (9.0, 0.75 * len(picks)))
-    for column, (model, title) in enumerate(MODELS.items()):
+    for column, (model, title) in enumerate(TITLES.items()):
         samples = compared[f"{model}/natural/samples"]
         for row, i in enumerate(picks):
             _show(axes[2 * row + column], samples[i], f"{title}, K={steps[i]}")

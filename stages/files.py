@@ -1,9 +1,12 @@
 """Where things are, and how a file is written: whole, then renamed. No torch here."""
 
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from stages import StageError
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Whole:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(f".{path.name}.partial")
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,3 +82,9 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def require(path: Path, made_by: str = "") -> None:
+    """`StageError` for a file that is not there, with the command that makes it."""
+    if not path.is_file():
+        raise StageError(f"{path}: no such file" + (f"; {made_by} makes it" if made_by else ""))

@@ -25,5 +25,17 @@ class Hardware:
         except (RuntimeError, AssertionError) as error:
             raise StageError(f"device: {name!r} cannot be used ({error})") from None
         default = 200 if chosen.type == "cpu" else 4096  # a CPU is fastest inside its cache
-        chains = max_chains or int(os.environ.get("STOCHSEC_MAX_CHAINS", default))
-        return cls(chosen, chains)
+        chains = str(max_chains or os.environ.get("STOCHSEC_MAX_CHAINS") or default)
+        if not chains.isdigit() or int(chains) < 1:
+            raise StageError(f"STOCHSEC_MAX_CHAINS: expected a number >= 1, got {chains!r}")
+        return cls(chosen, int(chains))
+
+    def conditions(self) -> dict[str, object]:
+        """What a record repeats bit for bit on; stated in every record."""
+        return {
+            "device": self.device.type,
+            "max_chains": self.max_chains,
+            "threads": torch.get_num_threads(),
+            "engine": os.environ.get("STOCHSEC_ENGINE", "compiled"),
+            "torch": torch.__version__,
+        }

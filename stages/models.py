@@ -8,11 +8,11 @@ from defense.energy import ConvEnergy
 from defense.eot import EOTDefense
 from defense.langevin import LangevinConfig
 from defense.threat import ThreatModel
+from stages.classifiers import load_classifier
+from stages.energies import load_energy
 from stages.engine import choose_chain
 from stages.hardware import Hardware
 from stages.params import Params
-from stages.train_classifier import load_classifier
-from stages.train_ebm import load_energy
 
 
 @dataclass(frozen=True)

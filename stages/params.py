@@ -4,19 +4,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from stages import StageError
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
 ATTACKS = ("pgd", "transfer_K_short", "transfer_K", "bpda_eot")
-PHASES = ("adam", "convergent", "nonconvergent")
+MODELS = ("convergent", "nonconvergent")
+PHASES = ("adam", *MODELS)
 
-Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+CountOrNone = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 
 
@@ -120,15 +121,6 @@ class Attack(Section):
     transfer: Transfer
     bpda_eot: PGD
 
-    @model_validator(mode="after")
-    def _transfer_has_images(self) -> Self:
-        if self.transfer.images > self.pgd.images:
-            raise ValueError(
-                f"transfer.images: expected <= pgd.images = {self.pgd.images}, "
-                f"got {self.transfer.images}"
-            )
-        return self
-
 
 class CompareAttack(Section):
     """BPDA+EOT at every K of the comparison; no images, no attack."""
@@ -178,6 +170,7 @@ class Params(Section):
     attack: Attack
     compare: Compare
     diagnose: Diagnose
+    _origin: Path = PrivateAttr(default=Path("params.yaml"))
 
     @model_validator(mode="after")
     def _datasets_have_sections(self) -> Self:
@@ -189,6 +182,20 @@ class Params(Section):
                 f"compare_dataset: expected one of {list(self.datasets)}, "
                 f"got {self.compare_dataset!r}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        pgd = ("attack.pgd.images", self.attack.pgd.images)
+        compared = ("compare.images", self.compare.images)
+        for name, size, (whole, most) in (
+            ("attack.transfer.images", self.attack.transfer.images, pgd),
+            ("compare.images", self.compare.images, pgd),
+            ("compare.bpda_eot.images", self.compare.bpda_eot.images, compared),
+            ("diagnose.H", max(self.diagnose.H), ("diagnose.replicas", self.diagnose.replicas)),
+        ):
+            if size > most:
+                raise ValueError(f"{name}: expected <= {whole} = {most}, got {size}")
         return self
 
     @model_validator(mode="after")
@@ -204,6 +211,28 @@ class Params(Section):
                 )
         return self
 
+    def conditions(self, attack: str) -> dict[str, object]:
+        """What an attack's accuracy depends on: stated in the record, checked by the report."""
+        section, langevin = self.attack, self.langevin
+        size = section.bpda_eot if attack == "bpda_eot" else section.pgd
+        shown: dict[str, object] = {
+            "norm": section.norm,
+            "eps_255": section.eps_255,
+            "step_255": section.step_255,
+            "steps": size.steps,
+            "restarts": size.restarts,
+        }
+        if attack == "bpda_eot":
+            shown |= {"K": langevin.K, "H_adv": langevin.H_adv, "H_def": langevin.H_def}
+        elif attack != "pgd":
+            steps = langevin.K if attack == "transfer_K" else langevin.K_short
+            shown |= {"K": steps, "H_def": section.transfer.replicas}
+        return shown
+
+    def reloaded(self) -> "Params":
+        """The file that these parameters came from, as it is now."""
+        return load_params(self._origin)
+
     def dataset(self, name: str) -> Dataset:
         """The section of one dataset, or an error that says which there are."""
         if name not in self.datasets:
@@ -217,9 +246,15 @@ def load_params(path: Path) -> Params:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; `stochsec preset digits` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StageError(f"{path}: not a readable text file ({error})") from None
     except yaml.YAMLError as error:
         raise StageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return validate_params(values, path)
+    if not isinstance(values, dict):
+        raise StageError(f"{path}: expected sections, got {values!r}")
+    params = validate_params(values, path)
+    params._origin = path
+    return params
 
 
 def validate_params(values: Any, origin: Path) -> Params:

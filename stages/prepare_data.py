@@ -9,7 +9,7 @@ from torch import Tensor
 
 from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import Images, save_images
+from stages.artifacts import UNREADABLE, Images, save_images
 from stages.console import Track, say
 from stages.params import Dataset, Params
 
@@ -113,7 +113,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor, str]:
             images, labels = arrays["images"], arrays["labels"]
     except FileNotFoundError:
         raise StageError(f"{path}: no such file; expected arrays images and labels in it") from None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except UNREADABLE as error:
         raise StageError(f"{path}: expected an .npz with images and labels ({error})") from None
     if images.dtype != np.uint8 or images.ndim != 4:
         raise StageError(
@@ -130,9 +130,16 @@ def read_folder(root: Path, section: Dataset) -> tuple[Tensor, Tensor, str]:
     from torchvision.datasets import ImageFolder
 
     try:
-        files = ImageFolder(str(root)).samples
-    except (FileNotFoundError, OSError) as error:
+        found = ImageFolder(str(root))
+        names = [ImageFolder(str(root.parent / split)).classes for split in SPLITS]
+    except OSError as error:
         raise StageError(f"{root}: expected one folder of images a class ({error})") from None
+    if names[0] != names[1] or len(names[0]) != section.classes:
+        raise StageError(
+            f"{root.parent}: expected the same {section.classes} class folders in train and test, "
+            f"got {names[0]} and {names[1]}"
+        )
+    files = found.samples
     mode = "RGB" if section.channels == 3 else "L"
     size = (section.image_size, section.image_size)
     images = np.empty((len(files), section.channels, *size), np.uint8)

@@ -8,13 +8,14 @@ import pandas as pd
 import torch
 from scipy.stats import binomtest
 
+from defense.attack import is_right
 from defense.pixels import from_bytes
 from defense.threat import ThreatModel
 from stages import StageError, figures
 from stages.artifacts import AttackResult, load_tensors
 from stages.console import console, say
 from stages.files import Paths, write_text
-from stages.params import ATTACKS, Params
+from stages.params import ATTACKS, MODELS, Params
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 FULL_SCALE = {1: ("cifar10",), 2: ("cifar10",), 3: ("svhn", "cifar100")}
@@ -53,7 +54,7 @@ def count(right: torch.Tensor) -> Accuracy:
 def run(params: Params, out: Path) -> None:
     """Judge the records, write tables and figures, print the tables."""
     results = {
-        (dataset, attack): judged(Paths(params.run, dataset).record(attack))
+        (dataset, attack): judged(Paths(params.run, dataset).record(attack), params, attack)
         for dataset in params.datasets
         for attack in ATTACKS
     }
@@ -64,8 +65,9 @@ def run(params: Params, out: Path) -> None:
     }
     rows = pd.DataFrame([row for key, result in results.items() for row in rows_of(*key, result)])
     write_text(out / "rows.csv", rows.to_csv(index=False, lineterminator="\n"))
-    curve = accuracy_over_steps(compared)
+    curve = accuracy_over_steps(compared, params)
     write_text(out / "accuracy_over_steps.csv", curve.to_csv(index=False, lineterminator="\n"))
+    write_text(out / "curves.csv", curves(curve).to_csv(index=False, lineterminator="\n"))
     summary = summarise(params, rows, curve)
     write_text(out / "metrics.json", json.dumps(summary, indent=2) + "\n")
 
@@ -88,11 +90,15 @@ def run(params: Params, out: Path) -> None:
     say(f"report: {out}")
 
 
-def judged(path: Path) -> AttackResult:
-    """A record, believed only after the ball, the box and finiteness are checked on the file."""
+def judged(path: Path, params: Params, attack: str) -> AttackResult:
+    """A record whose conditions, ball, box and finiteness were checked on the file itself."""
     result = AttackResult.load(path)
+    for name, value in params.conditions(attack).items():
+        if result.about.get(name) != value:
+            found = result.about.get(name)
+            raise StageError(f"{path}: expected {name} = {value} as in params.yaml, got {found}")
     x, x_adv = from_bytes(result.images.images), result.record.adversarial
-    threat = ThreatModel(result.about["norm"], result.about["eps_255"])
+    threat = ThreatModel(params.attack.norm, params.attack.eps_255)
     if not torch.isfinite(x_adv).all():
         raise StageError(f"{path}: adversarial images that are not finite")
     if x_adv.min() < 0 or x_adv.max() > 1:
@@ -106,7 +112,7 @@ def judged(path: Path) -> AttackResult:
 def rows_of(dataset: str, attack: str, result: AttackResult) -> list[dict[str, object]]:
     """Natural and adversarial accuracy of one record, and the saved images judged afresh."""
     labels, record, about = result.images.labels, result.record, result.about
-    afresh = record.adversarial_logits.argmax(1) == labels
+    afresh = is_right(record.adversarial_logits, labels)
     measured = {
         "natural": record.clean_correct(labels),
         "adversarial": record.robust(labels),
@@ -132,17 +138,25 @@ def rows_of(dataset: str, attack: str, result: AttackResult) -> list[dict[str, o
     return rows
 
 
-def accuracy_over_steps(compared: dict[str, torch.Tensor]) -> pd.DataFrame:
-    """Figure 4 as rows: model, images, K, accuracy with interval."""
-    labels, rows = compared["labels"], []
-    for model in ("convergent", "nonconvergent"):
+def accuracy_over_steps(compared: dict[str, torch.Tensor], params: Params) -> pd.DataFrame:
+    """Figure 4 as rows: model, images, K, accuracy with interval, and what it depends on.
+
+    As everywhere, an attacked image counts only if its clean image was right too.
+    """
+    rows: list[tuple[str, str, int, Accuracy, int, int | str]] = []
+    labels = compared["labels"]
+    replicas, attack = params.compare.replicas, params.compare.bpda_eot
+    for model in MODELS:
         for i, steps in enumerate(compared["K"].tolist()):
-            for curve in ("natural", "transfer"):
-                right = compared[f"{model}/{curve}/logits"][i].argmax(1) == labels
-                rows.append((model, curve, steps, count(right)))
+            clean, transferred = (
+                is_right(compared[f"{model}/{images}/logits"][i], labels)
+                for images in ("natural", "transfer")
+            )
+            rows.append((model, "natural", steps, count(clean), replicas, ""))
+            rows.append((model, "transfer", steps, count(clean & transferred), replicas, ""))
             survived = compared.get(f"{model}/bpda_eot/{steps}/robust")
             if survived is not None:
-                rows.append((model, "bpda_eot", steps, count(survived)))
+                rows.append((model, "bpda_eot", steps, count(survived), attack.H_def, attack.steps))
     return pd.DataFrame(
         {
             "model": model,
@@ -152,9 +166,19 @@ def accuracy_over_steps(compared: dict[str, torch.Tensor]) -> pd.DataFrame:
             "low": round(accuracy.interval[0], 4),
             "high": round(accuracy.interval[1], 4),
             "n": accuracy.n,
+            "H": replicas,
+            "N": updates,
         }
-        for model, images, steps, accuracy in rows
+        for model, images, steps, accuracy, replicas, updates in rows
     )
+
+
+def curves(curve: pd.DataFrame) -> pd.DataFrame:
+    """The same accuracies with one column a curve, for `dvc plots`."""
+    named = curve.assign(curve=curve.model + " " + curve.images)
+    wide = named.pivot_table(index="K", columns="curve", values="accuracy").reset_index()
+    wide.columns = [str(name).replace(" ", "_") for name in wide.columns]
+    return wide
 
 
 def summarise(params: Params, rows: pd.DataFrame, curve: pd.DataFrame) -> dict[str, object]:
@@ -245,8 +269,9 @@ def table1(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> tuple
         lines.append(["Ours", dataset, source, *cells])
     caption = (
         f"Table 1. Accuracy under PGD on the bare classifier f(x), the same images transferred to "
-        f"the EBM defense. {_threat(params)}; N={params.attack.pgd.steps}, defended accuracy from "
-        f"the mean logits of {params.attack.transfer.replicas} replicas. {_published_note()}"
+        f"the EBM defense. {_threat(params)}; N={params.attack.pgd.steps}, the strongest iterate; "
+        f"defended by the mean logits of {params.attack.transfer.replicas} replicas. "
+        f"{_published_note()}"
     )
     return pd.DataFrame(lines, columns=["Defense", "Dataset", "Source", *names]), caption
 

@@ -7,11 +7,16 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 from stages import StageError
+from stages.console import say
+from stages.files import require
+from stages.hardware import Hardware
+from stages.params import Params
 
 
 class Stopped(Exception):  # noqa: N818 - a request, not an error
@@ -21,24 +26,34 @@ class Stopped(Exception):  # noqa: N818 - a request, not an error
 class Scratch:
     """A folder for one stage's unfinished work, keyed by all that determines its result.
 
-    ``key`` holds the resolved parameters, ``inputs`` the files read; the source of `defense` is
-    part of it too. Inside the ``with`` block Ctrl-C and SIGTERM only set ``stopping``: a loop
+    That is ``key`` of the parameters, the files read, the machine's settings and the source of both
+    packages. Inside the ``with`` block a first Ctrl-C or SIGTERM only sets ``stopping``: a loop
     calls `check` where its state is saved. `done` removes the folder once the out is written.
     """
 
-    def __init__(self, name: str, key: object, inputs: list[Path]) -> None:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
-        sources = sorted((Path(__file__).parent.parent / "defense").glob("*.py"))
-        for path in [*inputs, *sources]:
+    def __init__(
+        self,
+        name: str,
+        params: Params,
+        key: Callable[[Params], object],
+        inputs: list[Path],
+        hardware: Hardware,
+    ) -> None:
+        self.params, self.key = params, key
+        about = (repr(key(params)), hardware.conditions())
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        root = Path(__file__).parent.parent
+        sources = [p for package in ("defense", "stages") for p in (root / package).glob("*.py")]
+        for path in [*inputs, *sorted(sources)]:
+            require(path)
             digest.update(path.read_bytes())
-        self.fingerprint = digest.hexdigest()[:12]
-        root = Path(os.environ.get("DVC_ROOT", "."))
-        self.folder = root / ".scratch" / f"{name}-{self.fingerprint}"
+        scratch = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
+        self.folder = scratch / f"{name}-{digest.hexdigest()[:12]}"
         self.stopping = False
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
+        self._lock = self.folder.with_suffix(".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -52,6 +67,7 @@ class Scratch:
         if self.stopping:  # asked twice: do not wait for the next safe point
             raise KeyboardInterrupt
         self.stopping = True
+        say("stopping where it is safe; once more to stop now")
 
     def check(self) -> None:
         """Leave the stage if a stop was asked for; call it with everything saved."""
@@ -59,7 +75,13 @@ class Scratch:
             raise Stopped
 
     def done(self) -> None:
-        """The result is written: forget the work in progress."""
+        """The result is written: forget the work in progress.
+
+        Not if the parameters were edited meanwhile: DVC, which reads them when a stage ends, would
+        record the new values with the old result. The work is kept for when they are set back.
+        """
+        if self.key(self.params.reloaded()) != self.key(self.params):
+            raise StageError("params.yaml changed while the stage ran; its result is not recorded")
         shutil.rmtree(self.folder)
 
     def __exit__(

@@ -4,33 +4,17 @@ from pathlib import Path
 
 import torch
 
-from defense.classifier import WideResNet
 from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer
 from defense.inference import classify, freeze
 from defense.pixels import from_bytes
 from defense.rng import make_generator
-from stages.artifacts import load_images, load_state, load_weights, save_state, save_weights
+from stages.artifacts import load_images, load_state, save_state, save_weights
+from stages.classifiers import new_classifier
 from stages.console import Track, say
 from stages.files import write_csv
 from stages.hardware import Hardware
 from stages.params import Params
 from stages.resume import Scratch, Stopwatch
-
-
-def new_classifier(params: Params, dataset: str) -> WideResNet:
-    """The classifier of a dataset, untrained."""
-    data = params.dataset(dataset)
-    size = params.classifier
-    return WideResNet(
-        depth=size.depth, width=size.width, classes=data.classes, channels=data.channels
-    )
-
-
-def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path) -> WideResNet:
-    """The trained classifier, frozen, on the device."""
-    model = new_classifier(params, dataset)
-    load_weights(path, model, f"`stochsec train-classifier {dataset}`")
-    return freeze(model.to(hardware.device))
 
 
 def run(
@@ -56,10 +40,12 @@ def run(
         logits = classify(classifier, test_images, batch=1000)
         return float((logits.argmax(1) == test_labels).float().mean())
 
-    key = (params.seed, dataset, params.classifier.model_dump(), section.model_dump())
+    def key(p: Params) -> object:
+        return p.seed, dataset, p.classifier, p.data[dataset]
+
     rows: list[tuple[int, float, float]] = []
     epochs = section.classifier.epochs
-    with Scratch(f"train-classifier-{dataset}", key, [images]) as scratch:
+    with Scratch(f"train-classifier-{dataset}", params, key, [images], hardware) as scratch:
         checkpoint = scratch.folder / "checkpoint.pt"
         if checkpoint.exists():
             state = load_state(checkpoint, "", device)

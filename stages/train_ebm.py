@@ -6,19 +6,19 @@ Adam for as many batches: the paper's two models (Hill et al. 2021, Sections 2 a
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from defense.bank import ImageBank
 from defense.ebm_training import EBMTrainConfig, EBMTrainer
-from defense.energy import ConvEnergy
-from defense.inference import freeze
 from defense.langevin import LangevinConfig
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import load_images, load_state, load_weights, save_state, save_weights
+from stages.artifacts import load_images, load_state, save_state, save_weights
 from stages.console import Track, say
+from stages.energies import new_energy
 from stages.engine import choose_chain
 from stages.files import write_csv
 from stages.hardware import Hardware
@@ -45,30 +45,26 @@ def run(
         raise StageError(f"phase: expected one of {list(PHASES)}, got {phase!r}")
     trainer = make_trainer(params, dataset, phase, hardware, images)
     inputs = [images] if phase == "adam" else [images, start]
-    if phase != "adam":
+    if phase != "adam":  # weights and bank go on; with Adam, so does the optimizer
         begin = load_state(start, f"`stochsec train-ebm {dataset} adam`", hardware.device)
-        if phase == "convergent":  # a new optimizer; bank, weights and stream go on
+        begin["generator"] = trainer.generator.get_state()
+        begin["batches_done"] = 0
+        if phase == "convergent":
             begin["optimizer"] = trainer.optimizer.state_dict()
-        trainer.load_state_dict(begin)
-        trainer.batches_done = 0
+        restore(trainer, begin, start)
 
-    section = params.dataset(dataset)
     total = params.ebm.adam_batches if phase == "adam" else params.ebm.sgd_batches
-    key = (
-        params.seed,
-        dataset,
-        phase,
-        params.ebm.model_dump(),
-        params.energy.model_dump(),
-        section.model_dump(),
-    )
+
+    def key(p: Params) -> object:
+        return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset]
+
     rows: list[tuple[int, float, float]] = []
-    with Scratch(f"train-ebm-{dataset}-{phase}", key, inputs) as scratch:
+    with Scratch(f"train-ebm-{dataset}-{phase}", params, key, inputs, hardware) as scratch:
         checkpoint = scratch.folder / "checkpoint.pt"
         if checkpoint.exists():
             state = load_state(checkpoint, "", hardware.device)
             rows = state.pop("rows")
-            trainer.load_state_dict(state)
+            restore(trainer, state, checkpoint)
         saved = Stopwatch()
         what = f"ebm {dataset} {phase}"
         with Track(what, total, unit="batches", done=trainer.batches_done) as track:
@@ -103,9 +99,13 @@ def make_trainer(
     section = params.dataset(dataset)
     device = hardware.device
     data = to_net(from_bytes(load_images(images, "train").images)).to(device)
+    if params.ebm.batch > len(data):
+        raise StageError(
+            f"ebm.batch: expected <= {len(data)} training images, got {params.ebm.batch}"
+        )
     torch.manual_seed(params.seed)  # weight initialization takes no generator
     energy = new_energy(params, dataset).to(device)
-    generator = make_generator(params.seed, "ebm", dataset, device=device)
+    generator = make_generator(params.seed, "ebm", dataset, phase, device=device)
     bank = ImageBank.uniform(data.shape, generator=generator)
     sgd = phase == "convergent"
     config = EBMTrainConfig(
@@ -118,20 +118,10 @@ def make_trainer(
     return EBMTrainer(energy, data, bank, config, generator=generator, chain=choose_chain())
 
 
-def new_energy(params: Params, dataset: str) -> ConvEnergy:
-    """The energy of a dataset, untrained."""
-    data = params.dataset(dataset)
-    return ConvEnergy(
-        image_size=data.image_size,
-        channels=data.channels,
-        width=params.energy.width,
-        activation=params.energy.activation,
-    )
-
-
-def load_energy(params: Params, dataset: str, hardware: Hardware, path: Path) -> ConvEnergy:
-    """A trained energy, frozen, on the device."""
-    model = new_energy(params, dataset)
-    phase = path.stem.removeprefix("ebm_")
-    load_weights(path, model, f"`stochsec train-ebm {dataset} {phase}`")
-    return freeze(model.to(hardware.device))
+def restore(trainer: EBMTrainer, state: dict[str, Any], path: Path) -> None:
+    """Put a state into the trainer; `StageError` if it is of another network or dataset."""
+    try:
+        trainer.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StageError(f"{path}: does not fit the parameters: {reason}") from None

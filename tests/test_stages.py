@@ -94,7 +94,8 @@ def test_the_whole_experiment_leaves_tables_and_figures(folder: Path) -> None:
     figures = {path.name for path in (folder / "reports/tiny/figures").iterdir()}
     assert {"figure2_samples_digits.png", "figure3_logits_digits.png"} <= figures
     assert {"figure4_accuracy.png", "figure4_accuracy.svg"} <= figures
-    assert not list(folder.glob(".scratch/*")), "finished stages leave no work in progress"
+    left = [path for path in folder.glob(".scratch/*") if path.is_dir()]
+    assert not left, "finished stages leave no work in progress"
 
 
 def test_tables_show_published_and_measured_rows_and_what_was_not_run(folder: Path) -> None:
@@ -137,6 +138,29 @@ def test_the_report_refuses_a_record_outside_the_ball(folder: Path) -> None:
     assert judged.exit_code == 2
     assert "expected distance <= 0.188" in judged.output
     assert not Path("elsewhere").exists()
+
+
+def test_the_report_refuses_records_of_other_parameters(folder: Path) -> None:
+    values = tiny_params()
+    values["langevin"] = {**values["langevin"], "H_def": 6}
+    Path("other.yaml").write_text(yaml.safe_dump(values))
+    result = command("report --params other.yaml --out elsewhere")
+    assert result.exit_code == 2
+    assert "bpda_eot.safetensors: expected H_def = 6 as in params.yaml, got 5" in " ".join(
+        result.output.split()
+    )
+
+
+def test_a_result_of_parameters_that_changed_meanwhile_is_not_recorded(folder: Path) -> None:
+    values = tiny_params()
+    values["attack"]["bpda_eot"] = {"images": 60, "steps": 7, "restarts": 1}
+    Path("edited.yaml").write_text(yaml.safe_dump(values))
+    process = run_in_background("attack digits bpda_eot --params edited.yaml --out edited.bin")
+    wait_for("attack-digits-bpda_eot-*/shard-0000.safetensors", process)
+    values["langevin"] = {**values["langevin"], "K": 5}
+    Path("edited.yaml").write_text(yaml.safe_dump(values))
+    assert process.wait() == 2
+    assert scratch_files("attack-digits-bpda_eot-*/shard-0011.safetensors"), "the work is kept"
 
 
 def test_records_are_taken_shard_by_shard(folder: Path) -> None:
@@ -189,7 +213,7 @@ def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) 
     state = PATHS.state("ebm_adam").read_bytes()
     assert command(f"{words} --out whole.safetensors").exit_code == 0
     process = run_in_background(f"{words} --out resumed.safetensors")
-    wait_for("train-ebm-digits-adam-*/lock", process)
+    wait_for("train-ebm-digits-adam-????????????", process)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 130
@@ -211,6 +235,7 @@ def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) 
         ("attack digits pgd --images corrupt.bin", "corrupt.bin: not an image file"),
         ("attack digits transfer_K --pgd corrupt.bin", "corrupt.bin: not a readable"),
         ("train-ebm digits convergent --start corrupt.bin", "corrupt.bin: not a readable training"),
+        ("attack digits pgd --params .", ".: not a readable text file"),
         ("attack digits pgd --device nowhere", "device: 'nowhere' cannot be used"),
     ],
 )
@@ -284,6 +309,14 @@ def test_one_broken_image_is_named(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "test/dog/1.png: cannot be read as an image" in "".join(result.output.split("\n"))
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_class_folders_that_differ_between_the_splits_are_named(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    (tmp_path / "test/cat").rename(tmp_path / "test/wolf")
+    result = prepare(tmp_path, "folder")
+    assert result.exit_code == 2
+    assert "expected the same 2 class folders" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
