@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from defense.attack import is_right, margin
 from defense.langevin import Chain, EnergyFn, LangevinConfig
 
 
@@ -51,3 +52,18 @@ def mean_logit_draws(replica_logits: Tensor, count: int) -> Tensor:
         raise ValueError(f"count: expected 1 to {len(replica_logits)}, got {count}")
     draws = len(replica_logits) // count
     return replica_logits[: draws * count].view(draws, count, *replica_logits.shape[1:]).mean(1)
+
+
+def safe_and_borderline(replica_logits: Tensor, labels: Tensor) -> Tensor:
+    """Two images that the mean logits get right: the surest and the least sure, as places (2,).
+
+    ``replica_logits`` (R,B,classes), ``labels`` (B,). Sureness is the mean margin of the right class
+    in units of its spread over replicas.
+    """
+    replicas = len(replica_logits)
+    margins = -margin(replica_logits.flatten(0, 1), labels.repeat(replicas)).view(replicas, -1)
+    sureness = margins.mean(0) / margins.std(0)
+    right = is_right(replica_logits.mean(0), labels)
+    safest = torch.where(right, sureness, -torch.inf).argmax()
+    borderline = torch.where(right, sureness, torch.inf).argmin()
+    return torch.stack([safest, borderline])

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.diagnostics import energies, states_at
+from defense.diagnostics import energies, safe_and_borderline, states_at
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages.artifacts import load_images, load_state, load_tensors, save_tensors
@@ -40,7 +40,7 @@ def run(
 
     def logits() -> dict[str, Tensor]:
         screen = nets.defense(langevin.K, langevin.H_adv, "diagnose/screen")
-        chosen = choose(screen.replica_logits(pixels), labels)
+        chosen = safe_and_borderline(screen.replica_logits(pixels), labels)
         judge = nets.defense(langevin.K, diagnose.replicas, "diagnose/judge")
         return {
             "chosen": chosen,
@@ -85,21 +85,3 @@ def run(
         save_tensors(out, tensors, about)
         scratch.done()
     say(f"diagnose {dataset}: safe image {tensors['chosen'][0]}, borderline {tensors['chosen'][1]}")
-
-
-def choose(replica_logits: Tensor, labels: Tensor) -> Tensor:
-    """Places (2,) of the safest and of the most borderline image that the mean logits get right.
-
-    Safest: the largest margin of the mean in units of the replicas' spread; borderline: the least.
-    """
-    right = replica_logits.gather(2, labels.expand(len(replica_logits), -1)[..., None]).squeeze(2)
-    wrong = replica_logits.scatter(
-        2, labels.expand(len(replica_logits), -1)[..., None], -torch.inf
-    ).amax(2)
-    gap = right - wrong  # (R,B), positive where the replica alone is right
-    mean = replica_logits.mean(0)
-    score = gap.mean(0) / gap.std(0)
-    correct = mean.argmax(1) == labels
-    safest = torch.where(correct, score, -torch.inf).argmax()
-    borderline = torch.where(correct, score, torch.inf).argmin()
-    return torch.stack([safest, borderline])

@@ -25,22 +25,22 @@ CARRIERS = {
 HOMES = {
     "typer": {"stages/cli.py"},
     "pydantic": {"stages/params.py"},
-    "rich": {"stages/console.py", "stages/report.py"},
-    "pandas": {"stages/report.py", "stages/figures.py"},
+    "rich": {"stages/console.py", "stages/tables.py"},
+    "pandas": {"stages/rows.py", "stages/tables.py", "stages/figures.py"},
     "matplotlib": {"stages/figures.py"},
     "safetensors": {"stages/artifacts.py"},
     "torchvision": {"stages/prepare_data.py"},
     "sklearn": {"stages/prepare_data.py"},
     "PIL": {"stages/prepare_data.py"},
-    "scipy": {"stages/report.py"},
+    "scipy": {"stages/rows.py"},
     "ruamel": {"stages/presets.py"},
     "dvc": set(),
 }
 LAYERS = [
     {"rng", "pixels", "threat", "bank", "inference", "classifier", "energy"},
     {"langevin", "classifier_training", "written_gradient"},
-    {"compiled", "diagnostics", "ebm_training", "eot"},
-    {"attack"},
+    {"compiled", "ebm_training", "eot", "attack"},
+    {"diagnostics"},
 ]
 
 

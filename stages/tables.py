@@ -1,0 +1,174 @@
+"""Tables 1-3: published rows first, ours beneath, and what nobody ran says so."""
+
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from stages.console import console
+from stages.files import write_text
+from stages.params import Params
+from stages.rows import Accuracy
+
+PUBLISHED = Path(__file__).parent / "published.csv"
+FULL_SCALE = {1: ("cifar10",), 2: ("cifar10",), 3: ("svhn", "cifar100")}
+NOT_RUN = "not run"
+EMPTY = "-"  # the source gives no number
+
+
+def write(params: Params, rows: pd.DataFrame, out: Path) -> None:
+    """All tables as CSV, Markdown and LaTeX, and in the terminal."""
+    published = pd.read_csv(PUBLISHED, dtype=str).fillna(EMPTY)
+    for number, make in ((1, table1), (2, table2), (3, table3)):
+        table, caption = make(params, rows, published)
+        write_table(out, number, table, caption)
+        show(table, caption)
+    write_text(out / "summary.md", summary_table(params, rows, published))
+
+
+def cell(rows: pd.DataFrame, dataset: str, attack: str, metric: str) -> str:
+    """One measured accuracy with its interval and n, or "not run"."""
+    if rows.empty:
+        return NOT_RUN
+    found = rows[(rows.dataset == dataset) & (rows.attack == attack) & (rows.metric == metric)]
+    if found.empty:
+        return NOT_RUN
+    row = found.iloc[0]
+    return f"{Accuracy(int(row.right), int(row.n))} n={row.n}"
+
+
+def summary_table(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> str:
+    """Five numbers a dataset, beside the paper's for CIFAR-10; the README shows this table."""
+    paper = published[published.system == "Hill et al. 2021"].set_index("table")
+    first, second = (paper.loc[table].to_dict() for table in ("1", "2"))
+    lines = {
+        "bare classifier, natural images": ("pgd", "natural", first["base_natural"]),
+        "bare classifier, PGD": ("pgd", "adversarial", first["base_adversarial"]),
+        "defense, natural images": ("transfer_K", "natural", first["natural"]),
+        "defense, the same PGD images": ("transfer_K", "adversarial", first["adversarial"]),
+        "defense, BPDA+EOT (Algorithm 1)": ("bpda_eot", "adversarial", second["adversarial"]),
+    }
+    table = pd.DataFrame(
+        [
+            [what, *(cell(rows, dataset, attack, metric) for dataset in params.datasets), theirs]
+            for what, (attack, metric, theirs) in lines.items()
+        ],
+        columns=["accuracy", *(f"{d}, measured" for d in params.datasets), "CIFAR-10, paper"],
+    )
+    return table.to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def measured_datasets(params: Params, table: int) -> list[str]:
+    """The datasets of a table's own rows: those of the run, then those of the paper."""
+    own = [d for d in params.datasets if (d == params.compare_dataset) == (table < 3)]
+    return own + [d for d in FULL_SCALE[table] if d not in own]
+
+
+def table1(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """PGD on the bare classifier, transferred to the defense with a short and a long chain."""
+    columns = (
+        "base_natural",
+        "base_adversarial",
+        "short_natural",
+        "short_adversarial",
+        "natural",
+        "adversarial",
+    )
+    short, long = params.langevin.K_short, params.langevin.K
+    names = ["f(x) nat.", "f(x) adv.", "short K nat.", "short K adv.", "long K nat.", "long K adv."]
+    lines = [
+        [row.system, row.dataset, "published, K=10 and 1500", *(row[c] for c in columns)]
+        for _, row in published[published.table == "1"].iterrows()
+    ]
+    for dataset in measured_datasets(params, 1):
+        cells = [
+            cell(rows, dataset, attack, metric)
+            for attack in ("pgd", "transfer_K_short", "transfer_K")
+            for metric in ("natural", "adversarial")
+        ]
+        ran = dataset in params.datasets
+        source = f"measured, K={short} and {long}" if ran else NOT_RUN
+        lines.append(["Ours", dataset, source, *cells])
+    caption = (
+        f"Table 1. Accuracy under PGD on the bare classifier f(x), the same images transferred to "
+        f"the EBM defense. {_threat(params)}; N={params.attack.pgd.steps}, the strongest iterate; "
+        f"defended by the mean logits of {params.attack.transfer.replicas} replicas. "
+        f"{_published_note()}"
+    )
+    return pd.DataFrame(lines, columns=["Defense", "Dataset", "Source", *names]), caption
+
+
+def table2(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Whitebox attacks on the comparison's dataset (the paper: CIFAR-10)."""
+    return _whitebox_table(2, params, rows, published)
+
+
+def table3(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Whitebox attacks on the other datasets (the paper: SVHN and CIFAR-100)."""
+    return _whitebox_table(3, params, rows, published)
+
+
+def _whitebox_table(
+    table: int, params: Params, rows: pd.DataFrame, published: pd.DataFrame
+) -> tuple[pd.DataFrame, str]:
+    lines = [
+        [
+            row.system,
+            row.dataset,
+            row.train_images,
+            row.transformation,
+            row.attack,
+            "published",
+            row.natural,
+            row.adversarial,
+        ]
+        for _, row in published[published.table == str(table)].iterrows()
+    ]
+    for dataset in measured_datasets(params, table):
+        cells = [cell(rows, dataset, "bpda_eot", m) for m in ("natural", "adversarial")]
+        source = "measured" if dataset in params.datasets else NOT_RUN
+        lines.append(["Ours", dataset, "Natural", "Langevin", "BPDA+EOT", source, *cells])
+    size, langevin = params.attack.bpda_eot, params.langevin
+    caption = (
+        f"Table {table}. Defense against whitebox attacks. Ours: Algorithm 1 with {_threat(params)}"
+        f"; K={langevin.K}, N={size.steps}, {size.restarts} start(s), H_adv={langevin.H_adv}, "
+        f"H_def={langevin.H_def}. {_published_note()}"
+    )
+    names = ["Defense", "Dataset", "f(x) train ims.", "T(x)", "Attack", "Source", "Nat.", "Adv."]
+    return pd.DataFrame(lines, columns=names), caption
+
+
+def _threat(params: Params) -> str:
+    attack = params.attack
+    return f"{attack.norm} eps={attack.eps_255:g}/255, alpha={attack.step_255:g}/255"
+
+
+def _published_note() -> str:
+    return (
+        "Measured cells: accuracy [95 % Wilson interval] n. Published rows are as printed in "
+        "Hill et al. (2021), at l_inf eps=8/255 (* on 1,000 images)."
+    )
+
+
+def write_table(out: Path, number: int, table: pd.DataFrame, caption: str) -> None:
+    """One table as CSV, Markdown and LaTeX."""
+    write_text(out / f"table{number}.csv", table.to_csv(index=False, lineterminator="\n"))
+    markdown = table.to_markdown(index=False, disable_numparse=True)
+    write_text(out / f"table{number}.md", f"{caption}\n\n{markdown}\n")
+    latex = table.to_latex(index=False, escape=True, caption=_escape(caption))
+    write_text(out / f"table{number}.tex", latex)
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", r"\%").replace("_", r"\_")
+
+
+def show(table: pd.DataFrame, caption: str) -> None:
+    """The table in the terminal."""
+    shown = Table(title=caption, title_justify="left", title_style="")
+    for name in table.columns:
+        shown.add_column(str(name))
+    for line in table.itertuples(index=False):
+        ours = line[0] == "Ours"
+        shown.add_row(*map(str, line), style="bold" if ours else "")
+    console.print(shown)
