@@ -57,8 +57,8 @@ def mean_logit_draws(replica_logits: Tensor, count: int) -> Tensor:
 def safe_and_borderline(replica_logits: Tensor, labels: Tensor) -> Tensor:
     """Two images that the mean logits get right: the surest and the least sure, as places (2,).
 
-    ``replica_logits`` (R,B,classes), ``labels`` (B,). Sureness is the mean margin of the right class
-    in units of its spread over replicas.
+    ``replica_logits`` (R,B,classes), ``labels`` (B,). Sureness is the mean margin of the right
+    class in units of its spread over replicas.
     """
     replicas = len(replica_logits)
     margins = -margin(replica_logits.flatten(0, 1), labels.repeat(replicas)).view(replicas, -1)
