@@ -87,8 +87,8 @@ def load_weights(path: Path, module: nn.Module, made_by: str) -> None:
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """The state of a training run; tensors and plain values only."""
-    with Whole(path) as partial:
-        torch.save(dict(state), partial)
+    with Whole(path) as partial, partial.open("wb") as file:
+        torch.save(dict(state), file)  # given a path, it would write the path's name inside
 
 
 def load_state(path: Path, made_by: str, device: torch.device) -> dict[str, Any]:

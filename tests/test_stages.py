@@ -85,6 +85,7 @@ def test_a_stage_run_twice_writes_the_same_bytes(folder: Path) -> None:
     ):
         assert command(f"{words} --out again.safetensors").exit_code == 0
         assert Path("again.safetensors").read_bytes() == path.read_bytes()
+    assert Path("again.state.pt").read_bytes() == PATHS.state("ebm_convergent").read_bytes()
 
 
 def test_the_report_refuses_a_record_outside_the_ball(folder: Path) -> None:
