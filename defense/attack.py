@@ -59,7 +59,10 @@ class AttackRecord:
         return is_right(self.clean_logits, labels)
 
     def robust(self, labels: Tensor, *, steps: int | None = None) -> Tensor:
-        """(B,) bool: right when clean and not broken within ``steps`` updates (default: ever)."""
+        """(B,) bool: right when clean and not broken within ``steps`` updates (default: ever).
+
+        With several restarts, ``steps`` counts within the one that broke the image first.
+        """
         broken = self.broken_at != NEVER
         if steps is not None:
             broken &= self.broken_at <= steps

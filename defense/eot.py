@@ -1,6 +1,6 @@
 """The defended classifier: Expectation Over Transformation, equations (4)-(6)."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -76,6 +76,10 @@ class EOTDefense(nn.Module):
         self._generators: dict[str, Generator] = {}
         self.eval()
 
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: a defense never updates the classifier's batch statistics."""
+        return super().train(False)
+
     def own_generator(self, device: torch.device) -> Generator:
         """The module's generator on a device, made at its first use there."""
         key = str(device)
@@ -96,8 +100,14 @@ class EOTDefense(nn.Module):
 
     def replica_logits(self, x: Tensor, *, generator: Generator | None = None) -> Tensor:
         """Logits of every replica: (B,C,H,W) in [0, 1] -> (replicas, B, classes)."""
-        if x.ndim != 4:
-            raise ValueError(f"x: expected images (B,C,H,W), got shape {tuple(x.shape)}")
+        if x.ndim != 4 or not x.is_floating_point():
+            raise ValueError(
+                f"x: expected images (B,C,H,W), floating, got {tuple(x.shape)} {x.dtype}"
+            )
+        if x.numel():
+            low, high = (float(end) for end in x.detach().aminmax())
+            if not -0.01 <= low <= high <= 1.01:
+                raise ValueError(f"x: expected pixels in [0, 1], got {low} to {high}")
         copies = x.repeat(self.replicas, 1, 1, 1)
         purified = straight_through(copies, self.purify(copies, generator=generator))
         logits = torch.cat([self._classify(part) for part in purified.split(CLASSIFIER_BATCH)])

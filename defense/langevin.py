@@ -24,7 +24,10 @@ StepFn = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class LangevinConfig:
-    """One chain: ``steps`` is the paper's K, ``tau`` its step size, in net-range units."""
+    """One chain: ``steps`` is the paper's K, ``tau`` its step size, in net-range units.
+
+    ``tau`` is that of the energy's training: the network returns (tau^2 / 2) U for that very tau.
+    """
 
     steps: int
     tau: float

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from defense.attack import AttackRecord
 from stages import StageError
 from stages.files import Whole, require
+from stages.params import Dataset
 
 # Images
 
@@ -37,6 +38,26 @@ class Images:
         return [Images(*part) for part in zip(*parts, strict=True)]
 
 
+def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None:
+    """Shape, type and labels against the dataset's section."""
+    expected = (section.channels, section.image_size, section.image_size)
+    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        raise StageError(
+            f"{origin}: expected images of (channels, height, width) = {expected}, "
+            f"got {tuple(images.shape[1:])}"
+        )
+    if len(images) != len(labels) or not len(labels):
+        raise StageError(
+            f"{origin}: expected one label an image, got {len(labels)} labels "
+            f"for {len(images)} images"
+        )
+    if labels.min() < 0 or labels.max() >= section.classes:
+        raise StageError(
+            f"{origin}: expected labels 0 to {section.classes - 1}, "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+
+
 def save_images(path: Path, train: Images, test: Images) -> None:
     """Both splits in one .npz of uint8 (N,C,S,S) arrays."""
     arrays = {
@@ -48,8 +69,8 @@ def save_images(path: Path, train: Images, test: Images) -> None:
         np.savez(file, **arrays)
 
 
-def load_images(path: Path, split: str, count: int | None = None) -> Images:
-    """The first ``count`` images (None: all) of "train" or "test"."""
+def load_images(path: Path, split: str, section: Dataset, count: int | None = None) -> Images:
+    """The first ``count`` images (None: all) of "train" or "test", as the section says."""
     require(path, "`stochsec prepare-data`")
     try:
         with np.load(path) as arrays:
@@ -60,7 +81,9 @@ def load_images(path: Path, split: str, count: int | None = None) -> Images:
         ) from None
     if count is not None and len(parts[0]) < count:
         raise StageError(f"{path}: expected at least {count} {split} images, got {len(parts[0])}")
-    return Images(*map(torch.from_numpy, parts))
+    images = Images(*map(torch.from_numpy, parts))
+    check(images.images, images.labels, section, str(path))
+    return images
 
 
 # Weights and training states
@@ -151,6 +174,14 @@ class AttackResult:
         except KeyError as error:
             raise StageError(f"{path}: not an attack record, it lacks {error}") from None
         return cls(images, record, about)
+
+    def of_pgd(self, data: Images, path: Path) -> Tensor:
+        """The adversarial images of a PGD record of ``data``, (N,C,S,S); else `StageError`."""
+        count = len(data.images)
+        same = self.images.images[:count].equal(data.images) and len(self.images.images) >= count
+        if self.about.get("attack") != "pgd" or not same:
+            raise StageError(f"{path}: expected a record of attack pgd on the same test images")
+        return self.record.adversarial[:count]
 
     @classmethod
     def concatenate(cls, parts: Sequence["AttackResult"]) -> "AttackResult":

@@ -54,7 +54,9 @@ def run(
         if attack == "bpda_eot":
             plan = plan_bpda_eot(nets)
         else:
-            plan = plan_transfer(nets, attack, AttackResult.load(pgd))
+            count = params.attack.transfer.images
+            data = load_images(images, "test", params.dataset(dataset), count)
+            plan = plan_transfer(nets, attack, AttackResult.load(pgd).of_pgd(data, pgd))
             inputs.append(pgd)
     run_shards(
         plan,
@@ -62,7 +64,7 @@ def run(
         dataset,
         attack,
         hardware,
-        load_images(images, "test", plan.count),
+        load_images(images, "test", params.dataset(dataset), plan.count),
         inputs,
         out,
     )
@@ -94,9 +96,15 @@ def run_shards(
     shards: list[AttackResult] = []
     with (
         Scratch(f"attack-{dataset}-{attack}", params, key, inputs, hardware) as scratch,
-        Track(f"{attack} {dataset}", plan.steps * len(parts), unit="steps") as track,
+        Track(
+            f"{attack} {dataset}",
+            plan.steps * len(parts),
+            unit="steps",
+            done=plan.steps * len(list(scratch.folder.glob("shard-*"))),
+        ) as track,
     ):
         for number, part in enumerate(parts):
+            scratch.check()
             path = scratch.folder / f"shard-{number:04d}.safetensors"
 
             def on_step(robust: int, shown: str = f"of {len(part.labels)} in this shard") -> None:
@@ -107,8 +115,7 @@ def run_shards(
                 record = plan.evaluate(number, pixels, part.labels.to(hardware.device), on_step)
                 AttackResult(part, record, about).save(path)
             shards.append(AttackResult.load(path))
-            track.advance((number + 1) * plan.steps - track.done, so_far(shards))
-            scratch.check()
+            track.advance(max(0, (number + 1) * plan.steps - track.done), so_far(shards))
         AttackResult.concatenate(shards).save(out)
         scratch.done()
     say(f"{attack} {dataset}: {so_far(shards)}")
@@ -159,23 +166,19 @@ def plan_bpda_eot(nets: Nets) -> Plan:
     return Plan(size.images, steps_of(size), evaluate)
 
 
-def plan_transfer(nets: Nets, attack: str, pgd: AttackResult) -> Plan:
+def plan_transfer(nets: Nets, attack: str, adversarial: Tensor) -> Plan:
     """Images of the PGD on the bare classifier, judged by the defense with K or K_short steps."""
     params = nets.params
     size, replicas = params.attack.pgd, params.attack.transfer.replicas
     steps = params.langevin.K if attack == "transfer_K" else params.langevin.K_short
-    count = params.attack.transfer.images
-    if len(pgd.record.adversarial) < count:
-        found = len(pgd.record.adversarial)
-        raise StageError(f"attack.transfer.images: expected <= {found} in the PGD record")
 
     def evaluate(shard: int, x: Tensor, y: Tensor, on_step: Callable[[int], None]) -> AttackRecord:
         first = shard * params.attack.shard
-        x_adv = pgd.record.adversarial[first : first + len(x)].to(x.device)
+        x_adv = adversarial[first : first + len(x)].to(x.device)
         target = nets.defense(steps, replicas, f"{attack}/{shard}")
         return run_transfer(target, x, x_adv, y, steps=size.steps)
 
-    return Plan(count, 1, evaluate)
+    return Plan(len(adversarial), 1, evaluate)
 
 
 def attack_config(params: Params, size: PGD, *, stop_at_break: bool) -> AttackConfig:

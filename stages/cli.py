@@ -295,13 +295,19 @@ def preset(
         ),
     ] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite a params.yaml that you have changed.")
+    ] = False,
 ) -> None:
     """Write params.yaml for a preset; its comments name the source of each number."""
     try:
         if name is None:
             say("presets: " + ", ".join(presets.names()))
         else:
-            write_text(params_file, presets.text(name))
+            text = presets.text(name)
+            if not force and params_file.exists():
+                presets.refuse_to_lose(params_file)
+            write_text(params_file, text)
             say(f"{params_file} is now preset {name}; `dvc repro` runs it")
     except StageError as error:
         say(f"error: {error}")

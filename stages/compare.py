@@ -12,7 +12,7 @@ from defense.diagnostics import energies, states_at
 from defense.inference import classify
 from defense.pixels import from_bytes, to_net, to_pixels
 from defense.rng import make_generator
-from stages.artifacts import AttackResult, Images, load_images, load_tensors, save_tensors
+from stages.artifacts import AttackResult, Images, load_images, save_tensors
 from stages.console import Track, say
 from stages.engine import choose_chain
 from stages.hardware import Hardware
@@ -38,8 +38,8 @@ def run(
 ) -> None:
     """Accuracy on natural, transferred and attacked images, energies and samples, at every K."""
     compare = params.compare
-    data = load_images(images, "test", compare.images)
-    adversarial = AttackResult.load(pgd).record.adversarial
+    data = load_images(images, "test", params.dataset(dataset), compare.images)
+    adversarial = AttackResult.load(pgd).of_pgd(data, pgd)
     about = {"run": params.run, "dataset": dataset, **compare.model_dump()}
     inputs = [images, classifier, pgd, *models.values()]
 
@@ -56,12 +56,8 @@ def run(
         Track(f"compare {dataset}", len(work), unit="pieces") as track,
     ):
         for number, (curve, compute) in enumerate(work):
-            path = scratch.folder / f"piece-{number:05d}.safetensors"
-            if not path.exists():
-                save_tensors(path, compute(), {})
-            pieces.setdefault(curve, []).append(load_tensors(path)[0])
+            pieces.setdefault(curve, []).append(scratch.piece(f"{number:05d}", compute))
             track.advance(watch=curve)
-            scratch.check()
         tensors = {"K": torch.tensor(compare.K), "labels": data.labels, **joined(pieces)}
         save_tensors(out, tensors, {**about, **hardware.conditions()})
         scratch.done()
@@ -77,7 +73,7 @@ def pieces_of(nets: Nets, model: str, data: Images, adversarial: Tensor) -> list
     compare, size = nets.params.compare, nets.params.attack.shard
     work: list[tuple[str, Piece]] = []
     for number, (shard, adv) in enumerate(
-        zip(data.shards(size), adversarial[: compare.images].split(size), strict=True)
+        zip(data.shards(size), adversarial.split(size), strict=True)
     ):
         for images, pixels in (("natural", from_bytes(shard.images)), ("transfer", adv)):
             curve = f"{model}/{images}"

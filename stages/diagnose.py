@@ -1,5 +1,6 @@
 """Stage 6: what the defense's randomness looks like, and where its chains go."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from defense.diagnostics import energies, safe_and_borderline, states_at
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
-from stages.artifacts import load_images, load_state, load_tensors, save_tensors
+from stages.artifacts import Images, load_images, load_state, save_tensors
 from stages.console import Track, say
 from stages.engine import choose_chain
 from stages.hardware import Hardware
@@ -32,56 +33,57 @@ def run(
 ) -> None:
     """Replica logits of a safe and a borderline image; states of short and long chains."""
     nets = Nets.load(params, dataset, hardware, classifier=classifier, energy=energy)
-    diagnose, langevin, device = params.diagnose, params.langevin, hardware.device
-    data = load_images(images, "test", diagnose.images)
-    pixels, labels = from_bytes(data.images).to(device), data.labels.to(device)
-    grid = sorted({0, params.ebm.steps, langevin.K, diagnose.long_steps})
-    bank = load_state(state, f"`stochsec train-ebm {dataset} convergent`", device)["bank"]
-
-    def logits() -> dict[str, Tensor]:
-        screen = nets.defense(langevin.K, langevin.H_adv, "diagnose/screen")
-        chosen = safe_and_borderline(screen.replica_logits(pixels), labels)
-        judge = nets.defense(langevin.K, diagnose.replicas, "diagnose/judge")
-        return {
-            "chosen": chosen,
-            "labels": labels[chosen],
-            "replica_logits": judge.replica_logits(pixels[chosen]),
-        }
-
-    def samples() -> dict[str, Tensor]:
-        tau = params.dataset(dataset).tau
-        states = states_at(
-            nets.energy,
-            to_net(pixels[:SAMPLES]),
-            grid,
-            tau=tau,
-            chain=choose_chain(),
-            generator=make_generator(params.seed, dataset, "diagnose", device=device),
-            max_chains=hardware.max_chains,
-        )
-        levels = [energies(nets.energy, s, tau=tau, batch=hardware.max_chains) for s in states]
-        return {"states": states, "energies": torch.stack(levels), "bank": bank[:SAMPLES]}
+    data = load_images(images, "test", params.dataset(dataset), params.diagnose.images)
+    bank = load_state(state, f"`stochsec train-ebm {dataset} convergent`", hardware.device)["bank"]
 
     def key(p: Params) -> object:
         data = p.data[dataset]
         return p.seed, dataset, data, p.classifier, p.energy, p.ebm.steps, p.langevin, p.diagnose
 
-    tensors: dict[str, Tensor] = {"grid": torch.tensor(grid), "images": pixels}
+    tensors: dict[str, Tensor] = {}
     with (
         Scratch(
             f"diagnose-{dataset}", params, key, [images, classifier, energy, state], hardware
         ) as scratch,
         Track(f"diagnose {dataset}", 2, unit="parts") as track,
-        torch.no_grad(),
     ):
         for name, compute in (("logits", logits), ("samples", samples)):
-            path = scratch.folder / f"{name}.safetensors"
-            if not path.exists():
-                save_tensors(path, compute(), {})
-            tensors |= load_tensors(path)[0]
+            tensors |= scratch.piece(name, partial(compute, nets, data))
             track.advance(watch=name)
-            scratch.check()
-        about = {"run": params.run, "dataset": dataset, "K": langevin.K, **hardware.conditions()}
-        save_tensors(out, tensors, about)
+        about = {"run": params.run, "dataset": dataset, "K": params.langevin.K}
+        save_tensors(out, {**tensors, "bank": bank[:SAMPLES]}, {**about, **hardware.conditions()})
         scratch.done()
     say(f"diagnose {dataset}: safe image {tensors['chosen'][0]}, borderline {tensors['chosen'][1]}")
+
+
+@torch.no_grad()
+def logits(nets: Nets, data: Images) -> dict[str, Tensor]:
+    """A safe and a borderline image among the test images, and their logits (R,2,classes)."""
+    steps, device = nets.params.langevin.K, nets.hardware.device
+    pixels, labels = from_bytes(data.images).to(device), data.labels.to(device)
+    screen = nets.defense(steps, nets.params.langevin.H_adv, "diagnose/screen")
+    chosen = safe_and_borderline(screen.replica_logits(pixels), labels)
+    judge = nets.defense(steps, nets.params.diagnose.replicas, "diagnose/judge")
+    return {
+        "chosen": chosen,
+        "labels": labels[chosen],
+        "replica_logits": judge.replica_logits(pixels[chosen]),
+    }
+
+
+def samples(nets: Nets, data: Images) -> dict[str, Tensor]:
+    """States (K,S,C,H,W) of chains from the first test images, and their energies (K,S)."""
+    params, device, batch = nets.params, nets.hardware.device, nets.hardware.max_chains
+    grid = sorted({0, params.ebm.steps, params.langevin.K, params.diagnose.long_steps})
+    tau = params.dataset(nets.dataset).tau
+    states = states_at(
+        nets.energy,
+        to_net(from_bytes(data.images[:SAMPLES])).to(device),
+        grid,
+        tau=tau,
+        chain=choose_chain(),
+        generator=make_generator(params.seed, nets.dataset, "diagnose", device=device),
+        max_chains=batch,
+    )
+    levels = [energies(nets.energy, state, tau=tau, batch=batch) for state in states]
+    return {"grid": torch.tensor(grid), "states": states, "energies": torch.stack(levels)}

@@ -47,9 +47,11 @@ def save(figure: Figure, stem: Path) -> None:
             figure.savefig(partial, format=kind, metadata=metadata)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+def _figure(
+    rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     return figure, list(axes.flat)
 
 
@@ -64,7 +66,9 @@ def over_steps(curve: pd.DataFrame, chosen: int) -> Figure:
             first = part.iloc[0]
             updates = f", N={first.N}" if first.N else ""
             label = f"{label} (n={first.n}, H={first.H}{updates})"
-            ax.plot(part.K, part.accuracy, color=colour, marker=marker, ms=4, label=label)
+            ax.plot(
+                part.K, part.accuracy, color=colour, marker=marker, ms=4, label=label, clip_on=False
+            )
             ax.fill_between(part.K, part.low, part.high, color=colour, alpha=0.15, lw=0)
         ax.axvline(chosen, color=GREY, ls=":", lw=1)
         ax.annotate(
@@ -75,28 +79,36 @@ def over_steps(curve: pd.DataFrame, chosen: int) -> Figure:
             color=GREY,
             fontsize=8,
         )
-        ax.set_xscale("symlog", linthresh=10)
-        ax.set(title=title, xlabel="Langevin steps K", ylim=(0, 1.02), xlim=(0, None))
-        ax.set_ylabel("accuracy")
-    axes[0].legend(loc="lower right")
+        ax.set(title=title, ylim=(0, 1.02), ylabel="accuracy")
+        _steps_axis(ax, sorted(set(curve.K)))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
+def _steps_axis(ax: Axes, steps: list[int]) -> None:
+    """Langevin steps with a tick at each measured K."""
+    ax.set_xscale("function", functions=(np.sqrt, np.square))
+    ax.set_xticks(steps, [str(k) for k in steps])
+    ax.set(xlabel="Langevin steps K (square-root scale)", xlim=(0, 1.05 * steps[-1]))
+
+
 def energy_over_steps(compared: dict[str, Tensor]) -> Figure:
-    """Mean energy along the chains of Figure 4."""
-    figure, axes = _figure(1, 2, (8.0, 2.8))
+    """Mean energy along the chains of Figure 4; the bands hold 80 % of the images."""
+    figure, axes = _figure(1, 2, (8.0, 2.8), sharey=True)
     steps = compared["K"].numpy()
     for ax, (model, title) in zip(axes, TITLES.items(), strict=True):
         start = compared[f"{model}/natural/energies"][0].mean()
         for images in ("natural", "transfer"):
             label, colour, marker = CURVES[images]
             levels = compared[f"{model}/{images}/energies"] - start
-            ax.plot(steps, levels.mean(1), color=colour, marker=marker, ms=4, label=label)
+            ax.plot(
+                steps, levels.mean(1), color=colour, marker=marker, ms=4, label=label, clip_on=False
+            )
             low, high = np.quantile(levels.numpy(), (0.1, 0.9), axis=1)
             ax.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-        ax.set_xscale("symlog", linthresh=10)
-        ax.set(title=title, xlabel="Langevin steps K", xlim=(0, None))
-        ax.set_ylabel("U(chain) - mean U(natural)  [nats]")
+        ax.set(title=title, ylabel="U(chain) - mean U(natural)  [nats]")
+        _steps_axis(ax, steps.tolist())
     axes[0].legend()
     return figure
 
@@ -131,7 +143,7 @@ def logit_histograms(diagnosed: dict[str, Tensor], sizes: Sequence[int]) -> Figu
             if row == 0:
                 ax.legend()
             if row == len(sizes) - 1:
-                ax.set_xlabel("mean logit")
+                ax.set_xlabel("mean logit (dashed: mean of all replicas)")
     return figure
 
 

@@ -207,7 +207,7 @@ class Params(Section):
             if not set(theirs) & set(self.datasets):
                 raise ValueError(
                     f"run: {self.run!r} is the preset for {', '.join(theirs)}, got datasets "
-                    f"{list(self.datasets)}; `stochsec preset {self.run}` switches to it"
+                    f"{list(self.datasets)}; give your own experiment a name of its own"
                 )
         return self
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import UNREADABLE, Images, save_images
+from stages.artifacts import UNREADABLE, Images, check, save_images
 from stages.console import Track, say
 from stages.params import Dataset, Params
 
@@ -46,26 +46,6 @@ def read_split(
     if section.source == "npz":
         return read_npz(root / f"{split}.npz")
     return read_folder(root / split, section)
-
-
-def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None:
-    """Shape, type and labels against the dataset's section."""
-    expected = (section.channels, section.image_size, section.image_size)
-    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-        raise StageError(
-            f"{origin}: expected images of (channels, height, width) = {expected}, "
-            f"got {tuple(images.shape[1:])}"
-        )
-    if len(images) != len(labels) or not len(labels):
-        raise StageError(
-            f"{origin}: expected one label an image, got {len(labels)} labels "
-            f"for {len(images)} images"
-        )
-    if labels.min() < 0 or labels.max() >= section.classes:
-        raise StageError(
-            f"{origin}: expected labels 0 to {section.classes - 1}, "
-            f"got {int(labels.min())} to {int(labels.max())}"
-        )
 
 
 def read_digits(split: str) -> tuple[Tensor, Tensor, str]:
@@ -139,6 +119,7 @@ def read_folder(root: Path, section: Dataset) -> tuple[Tensor, Tensor, str]:
             f"{root.parent}: expected the same {section.classes} class folders in train and test, "
             f"got {names[0]} and {names[1]}"
         )
+    say(f"{root}: " + ", ".join(f"{label}={name}" for label, name in enumerate(names[0])))
     files = found.samples
     mode = "RGB" if section.channels == 3 else "L"
     size = (section.image_size, section.image_size)

@@ -1,6 +1,7 @@
 """Presets: `digits` is complete and commented, the others say only what differs from it."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -52,3 +53,9 @@ def _carry_comments(base: Any, differences: Any) -> None:
     """A number's comment comes with it."""
     for key, comment in differences.ca.items.items():
         base.ca.items[key] = comment
+
+
+def refuse_to_lose(path: Path) -> None:
+    """`StageError` if a params file is none of the presets: somebody's own values are in it."""
+    if path.read_text() not in map(text, names()):
+        raise StageError(f"{path}: has values of its own; copy it, or use --force to overwrite it")

@@ -46,7 +46,38 @@ def run(params: Params, out: Path) -> None:
     figures.save(figures.over_steps(curve, params.langevin.K), out / "figures/figure4_accuracy")
     figures.save(figures.two_models(compared), out / "figures/figure4_samples")
     figures.save(figures.energy_over_steps(compared), out / "figures/figure4_energies")
+    write_text(out / "README.md", captions(out))
     say(f"report: {out}")
+
+
+CAPTIONS = {
+    "figure2_samples_*": "Chains from test images under the convergent energy, and the persistent "
+    "chains that training ended with. Long chains should look like short ones.",
+    "figure3_logits_*": "Mean logits over H replicas, drawn again and again, for an image that the "
+    "defense gets right safely and one that it barely gets right. With one replica the borderline "
+    "image is often wrong; its mean is not.",
+    "figure4_accuracy": "Accuracy over the length of the chain, with 95 % Wilson intervals. A "
+    "convergent energy keeps natural images classifiable; at K=0 there is no defense, and BPDA+EOT "
+    "is not run.",
+    "figure4_samples": "The same test images under both energies.",
+    "figure4_energies": "Energy along these chains; bands hold 80 % of the images. A convergent "
+    "energy settles at a level that adversarial images fall to; the other keeps falling.",
+}
+
+
+def captions(out: Path) -> str:
+    """A page that shows every figure and table with what to see in it."""
+    lines = ["# Results", "", (out / "summary.md").read_text()]
+    lines += [
+        "Numbers with all conditions are in rows.csv; `adversarial_afresh` there judges the "
+        "saved adversarial images once more, with fresh noise.",
+        "",
+    ]
+    lines += [(out / f"table{number}.md").read_text() for number in (1, 2, 3)]
+    for pattern, caption in CAPTIONS.items():
+        for path in sorted((out / "figures").glob(f"{pattern}.png")):
+            lines += [f"![{path.stem}](figures/{path.name})", "", f"*{caption}*", ""]
+    return "\n".join(lines)
 
 
 def judged(path: Path, params: Params, attack: str) -> AttackResult:

@@ -12,7 +12,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from torch import Tensor
+
 from stages import StageError
+from stages.artifacts import load_tensors, save_tensors
 from stages.console import say
 from stages.files import require
 from stages.hardware import Hardware
@@ -73,6 +76,14 @@ class Scratch:
         """Leave the stage if a stop was asked for; call it with everything saved."""
         if self.stopping:
             raise Stopped
+
+    def piece(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Named tensors, computed and saved unless an earlier run of the stage has done so."""
+        self.check()
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            save_tensors(path, compute(), {})
+        return load_tensors(path)[0]
 
     def done(self) -> None:
         """The result is written: forget the work in progress.

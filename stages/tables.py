@@ -155,7 +155,9 @@ def write_table(out: Path, number: int, table: pd.DataFrame, caption: str) -> No
     write_text(out / f"table{number}.csv", table.to_csv(index=False, lineterminator="\n"))
     markdown = table.to_markdown(index=False, disable_numparse=True)
     write_text(out / f"table{number}.md", f"{caption}\n\n{markdown}\n")
-    latex = table.to_latex(index=False, escape=True, caption=_escape(caption))
+    latex = table.to_latex(
+        index=False, escape=True, caption=_escape(caption.split(". ", 1)[1]), label=f"tab:{number}"
+    )
     write_text(out / f"table{number}.tex", latex)
 
 

@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Train on the training images; write weights and the curve of loss and accuracy."""
     section = params.dataset(dataset)
-    train, test = load_images(images, "train"), load_images(images, "test")
+    train, test = (load_images(images, split, section) for split in ("train", "test"))
     device = hardware.device
     torch.manual_seed(params.seed)  # weight initialization takes no generator
     classifier = new_classifier(params, dataset).to(device)

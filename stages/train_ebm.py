@@ -45,14 +45,8 @@ def run(
         raise StageError(f"phase: expected one of {list(PHASES)}, got {phase!r}")
     trainer = make_trainer(params, dataset, phase, hardware, images)
     inputs = [images] if phase == "adam" else [images, start]
-    if phase != "adam":  # weights and bank go on; with Adam, so does the optimizer
-        begin = load_state(start, f"`stochsec train-ebm {dataset} adam`", hardware.device)
-        begin["generator"] = trainer.generator.get_state()
-        begin["batches_done"] = 0
-        if phase == "convergent":
-            begin["optimizer"] = trainer.optimizer.state_dict()
-        restore(trainer, begin, start)
-
+    if phase != "adam":
+        go_on_from_phase_1(trainer, dataset, start, hardware)
     total = params.ebm.adam_batches if phase == "adam" else params.ebm.sgd_batches
 
     def key(p: Params) -> object:
@@ -98,7 +92,7 @@ def make_trainer(
     """A trainer at the beginning of Algorithm 2, with the optimizer of a phase."""
     section = params.dataset(dataset)
     device = hardware.device
-    data = to_net(from_bytes(load_images(images, "train").images)).to(device)
+    data = to_net(from_bytes(load_images(images, "train", section).images)).to(device)
     if params.ebm.batch > len(data):
         raise StageError(
             f"ebm.batch: expected <= {len(data)} training images, got {params.ebm.batch}"
@@ -116,6 +110,16 @@ def make_trainer(
         langevin=LangevinConfig(params.ebm.steps, section.tau),
     )
     return EBMTrainer(energy, data, bank, config, generator=generator, chain=choose_chain())
+
+
+def go_on_from_phase_1(trainer: EBMTrainer, dataset: str, start: Path, hardware: Hardware) -> None:
+    """Weights and bank go on; with Adam, so does the optimizer. Noise and the count begin anew."""
+    state = load_state(start, f"`stochsec train-ebm {dataset} adam`", hardware.device)
+    state["generator"] = trainer.generator.get_state()
+    state["batches_done"] = 0
+    if trainer.config.optimizer == "sgd":
+        state["optimizer"] = trainer.optimizer.state_dict()
+    restore(trainer, state, start)
 
 
 def restore(trainer: EBMTrainer, state: dict[str, Any], path: Path) -> None:

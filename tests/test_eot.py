@@ -259,7 +259,9 @@ def test_bad_arguments_are_said(make_defense, images) -> None:
         make_defense(replicas=0)
     with pytest.raises(ValueError, match="max_chains: expected >= 1, got 0"):
         make_defense(replicas=1, max_chains=0)
-    with pytest.raises(ValueError, match=r"x: expected images \(B,C,H,W\), got shape \(1, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"x: expected images \(B,C,H,W\), floating, got \(1, 8, 8\)"
+    ):
         make_defense(replicas=1)(images[0])
 
 
@@ -293,3 +295,16 @@ def test_a_third_party_attack_runs_and_cannot_repeat_the_noise(make_defense, ima
     assert after > before
     assert not torch.equal(runs[0][-1], runs[1][-1])
     assert all(parameter.grad is None for parameter in defense.parameters())
+
+
+@pytest.mark.parametrize("factor", [255.0, -1.0])
+def test_pixels_of_another_range_are_refused(make_defense, images, factor: float) -> None:
+    with pytest.raises(ValueError, match=r"x: expected pixels in \[0, 1\]"):
+        make_defense(replicas=2)(factor * images)
+    with pytest.raises(ValueError, match="floating"):
+        make_defense(replicas=2)((255 * images).to(torch.uint8))
+
+
+def test_training_mode_does_not_reach_the_classifier(make_defense) -> None:
+    defense = make_defense(replicas=2).train()
+    assert not any(module.training for module in defense.modules())

@@ -125,3 +125,17 @@ def test_an_unknown_dataset_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["attack", "imagenet", "pgd", "--params", str(path)])
     assert result.exit_code == 2
     assert "dataset: expected one of ['digits'], got 'imagenet'" in result.output
+
+
+def test_a_preset_does_not_overwrite_your_own_values(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    for name in presets.names():
+        assert CliRunner().invoke(app, ["preset", name, "--params", str(path)]).exit_code == 0
+    path.write_text(path.read_text().replace("K: 1500", "K: 1501"))
+    words = ["preset", "digits", "--params", str(path)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "use --force" in result.output
+    assert "1501" in path.read_text()
+    assert CliRunner().invoke(app, [*words, "--force"]).exit_code == 0
+    assert path.read_text() == presets.text("digits")

@@ -11,7 +11,12 @@ from PIL import Image
 from typer.testing import Result
 
 from stages.artifacts import load_images
+from stages.params import Dataset
 from tests.tiny import command, tiny_params
+
+SECTION = Dataset.model_validate(
+    {**tiny_params()["data"]["digits"], "source": "npz", "classes": 2, "channels": 3}
+)
 
 
 def own_params(folder: Path, source: str) -> Path:
@@ -43,7 +48,7 @@ def make_folders(folder: Path) -> np.ndarray[Any, Any]:
 def test_class_folders_keep_pixels_and_labels(tmp_path: Path) -> None:
     pixels = make_folders(tmp_path)
     assert prepare(tmp_path, "folder").exit_code == 0
-    test = load_images(tmp_path / "out.npz", "test")
+    test = load_images(tmp_path / "out.npz", "test", SECTION)
     assert test.labels.bincount().tolist() == [3, 3]
     flat = torch.from_numpy(pixels[1]).flatten(0, 1).permute(0, 3, 1, 2)
     assert torch.equal(test.images, flat[test.index])
@@ -55,7 +60,7 @@ def test_npz_files_keep_pixels_and_labels(tmp_path: Path) -> None:
     for split in ("train", "test"):
         np.savez(tmp_path / f"{split}.npz", images=pixels, labels=np.arange(7) % 2)
     assert prepare(tmp_path, "npz").exit_code == 0
-    train = load_images(tmp_path / "out.npz", "train")
+    train = load_images(tmp_path / "out.npz", "train", SECTION)
     assert torch.equal(train.images, torch.from_numpy(pixels).permute(0, 3, 1, 2)[train.index])
     assert torch.equal(train.labels, train.index % 2)
 
@@ -102,3 +107,15 @@ def test_a_dataset_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
         result = prepare(tmp_path, source)
         assert result.exit_code == 2
         assert str(tmp_path.name) in "".join(result.output.split("\n"))
+
+
+def test_images_of_another_dataset_are_one_line(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    assert prepare(tmp_path, "folder").exit_code == 0
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_params()))
+    words = f"train-classifier digits --params {tmp_path}/tiny.yaml --images {tmp_path}/out.npz"
+    result = command(words)
+    assert result.exit_code == 2
+    assert "expected images of (channels, height, width) = (1, 8, 8), got (3, 8, 8)" in " ".join(
+        result.output.split()
+    )

@@ -1,5 +1,6 @@
 """README: its table is the report's, its links lead somewhere, its commands and code run."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from stages.artifacts import save_weights
+from stages.classifiers import new_classifier
 from stages.cli import app
+from stages.energies import new_energy
+from stages.files import Paths
+from stages.params import load_params
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,5 +46,13 @@ def test_commands_exist_with_their_options(line: str) -> None:
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
-def test_code_runs(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_code_runs(code: str, tmp_path: Path) -> None:
+    """In a folder with weights of the digits networks where `make tables` leaves them."""
+    paths = Paths("digits", "digits", tmp_path)
+    params = load_params(ROOT / "params.yaml")
+    save_weights(paths.model("classifier"), new_classifier(params, "digits"))
+    save_weights(paths.model("ebm_convergent"), new_energy(params, "digits"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    section = params.data["digits"]
+    assert f"steps={params.langevin.K}, tau={section.tau}" in code

@@ -194,6 +194,10 @@ def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) 
         ("attack digits pgd --images none.npz", "none.npz: no such file"),
         ("attack digits pgd --classifier corrupt.bin", "corrupt.bin: not a readable safetensors"),
         ("attack digits pgd --images corrupt.bin", "corrupt.bin: not an image file"),
+        (
+            f"attack digits transfer_K --pgd {PATHS.record('bpda_eot')}",
+            "expected a record of attack pgd",
+        ),
         ("attack digits transfer_K --pgd corrupt.bin", "corrupt.bin: not a readable"),
         ("train-ebm digits convergent --start corrupt.bin", "corrupt.bin: not a readable training"),
         ("attack digits pgd --params .", ".: not a readable text file"),
