@@ -41,8 +41,8 @@ class EOTDefense(nn.Module):
 
     Images (B,C,H,W) in [0, 1] -> logits (B, classes), for any ``classifier`` that maps pixels in
     [0, 1] to logits. ``config.steps = 0`` with ``replicas = 1`` is the classifier itself. The
-    gradient of the output is the BPDA+EOT gradient (eq. 10), so any attack library can attack the
-    module as it is.
+    gradient of the output is the BPDA+EOT gradient (eq. 10), so an attack that asks a module for
+    logits and gradients runs on it as it is.
 
     The noise comes from the module's own generator, seeded by ``seed`` (a number or a name) and
     advanced by every call: an attack library that re-seeds torch's global stream does not repeat

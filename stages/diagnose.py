@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.diagnostics import energies, safe_and_borderline, states_at
+from defense.diagnostics import safe_and_borderline, states_at
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages.artifacts import Images, load_images, load_state, save_tensors
@@ -72,18 +72,16 @@ def logits(nets: Nets, data: Images) -> dict[str, Tensor]:
 
 
 def samples(nets: Nets, data: Images) -> dict[str, Tensor]:
-    """States (K,S,C,H,W) of chains from the first test images, and their energies (K,S)."""
-    params, device, batch = nets.params, nets.hardware.device, nets.hardware.max_chains
+    """States (K,S,C,H,W) of chains from the first test images, at the steps ``grid`` (K,)."""
+    params, device = nets.params, nets.hardware.device
     grid = sorted({0, params.ebm.steps, params.langevin.K, params.diagnose.long_steps})
-    tau = params.dataset(nets.dataset).tau
     states = states_at(
         nets.energy,
         to_net(from_bytes(data.images[:SAMPLES])).to(device),
         grid,
-        tau=tau,
+        tau=params.dataset(nets.dataset).tau,
         chain=choose_chain(),
         generator=make_generator(params.seed, nets.dataset, "diagnose", device=device),
-        max_chains=batch,
+        max_chains=nets.hardware.max_chains,
     )
-    levels = [energies(nets.energy, state, tau=tau, batch=batch) for state in states]
-    return {"grid": torch.tensor(grid), "states": states, "energies": torch.stack(levels)}
+    return {"grid": torch.tensor(grid), "states": states}

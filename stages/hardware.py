@@ -7,6 +7,8 @@ import torch
 
 from stages import StageError
 
+ENGINES = ("compiled", "plain")
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -36,6 +38,14 @@ class Hardware:
             "device": self.device.type,
             "max_chains": self.max_chains,
             "threads": torch.get_num_threads(),
-            "engine": os.environ.get("STOCHSEC_ENGINE", "compiled"),
+            "engine": engine_name(),
             "torch": torch.__version__,
         }
+
+
+def engine_name() -> str:
+    """The implementation of the chain that $STOCHSEC_ENGINE asks for; the fast one by default."""
+    name = os.environ.get("STOCHSEC_ENGINE", ENGINES[0])
+    if name not in ENGINES:
+        raise StageError(f"STOCHSEC_ENGINE: expected one of {list(ENGINES)}, got {name!r}")
+    return name

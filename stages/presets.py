@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -46,13 +45,7 @@ def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str 
             base[key] = value
         else:
             _merge(base[key], value, name, f"{where}{key}.")
-    _carry_comments(base, differences)
-
-
-def _carry_comments(base: Any, differences: Any) -> None:
-    """A number's comment comes with it."""
-    for key, comment in differences.ca.items.items():
-        base.ca.items[key] = comment
+    base.ca.items.update(differences.ca.items)  # a number's comment comes with it
 
 
 def refuse_to_lose(path: Path) -> None:

@@ -54,14 +54,14 @@ CAPTIONS = {
     "figure2_samples_*": "Chains from test images under the convergent energy, and the persistent "
     "chains that training ended with. Long chains should look like short ones.",
     "figure3_logits_*": "Mean logits over H replicas, drawn again and again, for an image that the "
-    "defense gets right safely and one that it barely gets right. With one replica the borderline "
-    "image is often wrong; its mean is not.",
-    "figure4_accuracy": "Accuracy over the length of the chain, with 95 % Wilson intervals. A "
-    "convergent energy keeps natural images classifiable; at K=0 there is no defense, and BPDA+EOT "
-    "is not run.",
+    "defense gets right safely and one that it barely gets right. Where the two classes overlap, a "
+    "verdict from so few replicas is partly chance.",
+    "figure4_accuracy": "Accuracy over the length of the chain, with 95 % Wilson intervals. Does "
+    "accuracy on natural images survive long chains? At K=0 there is no defense, and BPDA+EOT is "
+    "not run.",
     "figure4_samples": "The same test images under both energies.",
-    "figure4_energies": "Energy along these chains; bands hold 80 % of the images. A convergent "
-    "energy settles at a level that adversarial images fall to; the other keeps falling.",
+    "figure4_energies": "Energy along these chains; bands hold 80 % of the images. Chains of a "
+    "convergent energy reach one level from natural and from adversarial images, and stay there.",
 }
 
 
