@@ -7,7 +7,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from defense.bank import ImageBank
-from defense.langevin import Chain, LangevinConfig, energy_gradient, langevin
+from defense.langevin import Chain, ChainLog, LangevinConfig, langevin
+from defense.precision import Precision, arithmetic, check_precision
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class EBMTrainConfig:
     batch: int
     data_noise: float
     langevin: LangevinConfig
+    precision: Precision  # of the weights' gradient; the chain has its own
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "sgd"):
             raise ValueError(f"optimizer: expected adam or sgd, got {self.optimizer!r}")
         if self.batch < 1:
             raise ValueError(f"batch: expected >= 1, got {self.batch}")
+        check_precision(self.precision)
         if self.langevin.tau == 0:
             raise ValueError("langevin.tau: expected > 0, got 0")
 
@@ -39,7 +42,7 @@ class UpdateStats:
     """What one watches in training, both on the device: read them seldom."""
 
     energy_gap: Tensor  # mean U(data) - mean U(chains); hovers around 0 when all is well
-    gradient_norm: Tensor | None  # mean l_2 norm of df/dx at the chains, if it was asked for
+    gradient_norm: Tensor  # l_2 norm of df/dx, mean over the chains and their steps
 
 
 class EBMTrainer:
@@ -65,16 +68,15 @@ class EBMTrainer:
         self.half_tau2 = 0.5 * config.langevin.tau**2
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(energy.parameters(), lr=config.learning_rate)
+            self.optimizer = torch.optim.Adam(
+                energy.parameters(), lr=config.learning_rate, fused=True
+            )
         else:
             scaled = config.learning_rate * self.half_tau2
             self.optimizer = torch.optim.SGD(energy.parameters(), lr=scaled)
 
-    def update(self, *, gradient_norm: bool = True) -> UpdateStats:
-        """One batch: data with noise against persistent chains, one step of the optimizer.
-
-        ``gradient_norm`` costs as much as one more Langevin step.
-        """
+    def update(self) -> UpdateStats:
+        """One batch: data with noise against persistent chains, one step of the optimizer."""
         config, generator = self.config, self.generator
 
         # 1. Data X+ with Gaussian noise of size tau_data.
@@ -87,20 +89,21 @@ class EBMTrainer:
 
         # 2. Chains X- from the bank, K steps on, and back into the bank.
         slots, states = self.bank.draw(config.batch, generator=generator)
-        states = self.chain(self.energy, states, config.langevin, generator=generator)
+        log = ChainLog()
+        states = self.chain(self.energy, states, config.langevin, generator=generator, log=log)
         self.bank.write(slots, states)
 
-        # 3. The maximum-likelihood gradient, equation (2).
-        energy_gap = (self.energy(data).mean() - self.energy(states).mean()) / self.half_tau2
-        self.optimizer.zero_grad(set_to_none=True)
-        energy_gap.backward()
+        # 3. The maximum-likelihood gradient, equation (2); both means from one pass.
+        both = torch.cat([data, states]).contiguous(memory_format=torch.channels_last)
+        with arithmetic(config.precision, both.device):
+            data_energies, chain_energies = self.energy(both).float().chunk(2)
+            energy_gap = (data_energies.mean() - chain_energies.mean()) / self.half_tau2
+            self.optimizer.zero_grad(set_to_none=True)
+            energy_gap.backward()
         self.optimizer.step()
 
         self.batches_done += 1
-        norm = None
-        if gradient_norm:
-            norm = energy_gradient(self.energy, states).flatten(1).norm(dim=1).mean()
-        return UpdateStats(energy_gap.detach(), norm)
+        return UpdateStats(energy_gap.detach(), log.mean_gradient_norm())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on as if it had never stopped."""

@@ -9,7 +9,7 @@ as tau -> 0. Nothing is clipped: a chain lives in net range but is not bounded b
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,9 +17,6 @@ from torch import Generator, Tensor
 
 EnergyFn = Callable[[Tensor], Tensor]
 """Images (N,C,H,W) in net range -> energies f (N,)."""
-
-StepFn = Callable[[int, Tensor], None]
-"""Observer ``(k, state after k steps)``; it looks and returns nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,24 @@ class LangevinConfig:
             raise ValueError(f"tau: expected >= 0, got {self.tau}")
 
 
+@dataclass
+class ChainLog:
+    """What a chain writes down of itself: before every step, one number for each of N images."""
+
+    energies: list[Tensor] = field(default_factory=list)  # f(X_k), K rows (N,)
+    gradient_norms: list[Tensor] = field(default_factory=list)  # l_2 norm of df/dx, K rows (N,)
+
+    def add(self, energies: Tensor, gradient: Tensor) -> None:
+        """One step: energies (N,) and df/dx (N,C,H,W) at the state that it starts from."""
+        self.energies.append(energies)
+        self.gradient_norms.append(gradient.flatten(1).norm(dim=1))
+
+    def mean_gradient_norm(self) -> Tensor:
+        """Over chains and steps; NaN if there was no step."""
+        rows = self.gradient_norms
+        return torch.stack(rows).mean() if rows else torch.tensor(torch.nan)
+
+
 class Chain(Protocol):
     """The call that every implementation of the chain offers; `langevin` is the reference."""
 
@@ -49,16 +64,17 @@ class Chain(Protocol):
         config: LangevinConfig,
         *,
         generator: Generator | None,
-        on_step: StepFn | None = None,
+        log: ChainLog | None = None,
     ) -> Tensor: ...
 
 
-def energy_gradient(energy: EnergyFn, x: Tensor) -> Tensor:
-    """df/dx, (N,C,H,W) -> (N,C,H,W), under whatever grad mode the caller has set."""
+def energy_and_gradient(energy: EnergyFn, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at x (N,C,H,W): f (N,) and df/dx (N,C,H,W), under whatever grad mode the caller set."""
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone().detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(energy(x).sum(), x)
-    return gradient
+        f = energy(x)
+        (gradient,) = torch.autograd.grad(f.sum(), x)
+    return f.detach(), gradient
 
 
 def langevin(
@@ -67,7 +83,7 @@ def langevin(
     config: LangevinConfig,
     *,
     generator: Generator | None,
-    on_step: StepFn | None = None,
+    log: ChainLog | None = None,
 ) -> Tensor:
     """K Langevin steps from x, (N,C,H,W) in net range -> the same shape, detached.
 
@@ -75,9 +91,10 @@ def langevin(
     identity, ``tau=0`` plain gradient descent. Hill et al. (2021), equation (3).
     """
     x = x.detach()
-    for k in range(config.steps):
+    for _ in range(config.steps):
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = x - energy_gradient(energy, x) + config.tau * noise
-        if on_step is not None:
-            on_step(k + 1, x)
+        f, gradient = energy_and_gradient(energy, x)
+        if log is not None:
+            log.add(f, gradient)
+        x = x - gradient + config.tau * noise
     return x

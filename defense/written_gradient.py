@@ -32,12 +32,14 @@ class Slope(NamedTuple):
 def slope_of(activation: nn.Module) -> Slope:
     """Written-out derivatives of `defense.energy.ACTIVATIONS`.
 
-    Leaky ReLU works in place: its result has the sign of its argument, all that the slope needs.
+    Leaky ReLU works in place, forward and back: its result has the sign of its argument, all that
+    the slope needs, and is not needed after that.
     """
     if isinstance(activation, nn.LeakyReLU):
         s = activation.negative_slope
         return Slope(
-            lambda h: F.leaky_relu_(h, s), lambda g, h: aten.leaky_relu_backward(g, h, s, True)
+            lambda h: F.leaky_relu_(h, s),
+            lambda g, h: aten.leaky_relu_backward(g, h, s, True, grad_input=h),
         )
     if isinstance(activation, nn.SiLU):
         return Slope(F.silu, lambda g, h: aten.silu_backward(g, h))
@@ -106,23 +108,11 @@ def _first_layer(conv: nn.Conv2d, inputs: list[int], dtype: torch.dtype) -> tupl
     )
 
 
-def _by_blocks(weight: Tensor, parts: int, t: int) -> Map:
-    """The transpose as a 2x2 convolution to blocks of 2x2 pixels: see `_transposed`."""
-    k, c = weight.shape[:2]
-    # Row a of block i is row 2i - 1 + a; g[i - 1 + u] enters by kernel row 2(1 - u) + a.
-    taps = weight.reshape(k, c, 2, 2, 2, 2).flip(2, 4)
-    taps = taps.permute(3, 5, 1, 0, 2, 4).reshape(4 * c, k, 2, 2)
-    blocks = _convolution(taps, None, 1, [parts, k, t, t])
-
-    def whole(g: Tensor) -> Tensor:
-        pixels = blocks(g).view(-1, t + 1, t + 1, 2, 2, c).transpose(2, 3)
-        return pixels.reshape(-1, 2 * t + 2, 2 * t + 2, c)
-
-    return whole
-
-
 def _by_products(weight: Tensor, t: int) -> Map:
-    """The transpose as a matrix product and a sum of its 4x4 contributions: see `_transposed`."""
+    """The transpose as a matrix product and a sum of its 4x4 contributions: see `_transposed`.
+
+    The rows and columns -1 to 2T + 1 of the image are summed, and cropped by the caller.
+    """
     k, c = weight.shape[:2]
     product = _linear(weight.permute(2, 3, 1, 0).reshape(16 * c, k), None)
 
@@ -141,44 +131,61 @@ def _by_products(weight: Tensor, t: int) -> Map:
 def _transposed(weight: Tensor, parts: int, s: int) -> Map:
     """The transpose of a 4x4 convolution of stride 2, (N,T,T,K) -> (N,S,S,C), T = S // 2.
 
-    Library kernels for it are slow on a CPU. Both ways around them compute the rows and columns
-    -1 to 2T of the image, and crop. With many channels the product pays: no border is wasted.
+    On a CPU with many channels a matrix product is faster than the library's kernel.
     """
     t = s // 2
-    if weight.is_cuda:
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():
         laid = weight.contiguous(memory_format=torch.channels_last)
-        return lambda g: F.conv_transpose2d(
-            g.permute(0, 3, 1, 2), laid, None, 2, 1, s - 2 * t
-        ).permute(0, 2, 3, 1)
-    few = weight.shape[0] < PRODUCT_CHANNELS
-    whole = _by_blocks(weight, parts, t) if few else _by_products(weight, t)
-    return lambda g: whole(g)[:, 1 : s + 1, 1 : s + 1]
+        transpose: Map = lambda g: F.conv_transpose2d(g, laid, None, 2, 1, s - 2 * t)  # noqa: E731
+    elif weight.shape[0] >= PRODUCT_CHANNELS:
+        whole = _by_products(weight, t)
+        return lambda g: whole(g)[:, 1 : s + 1, 1 : s + 1]
+    else:
+        rest: tuple[Any, ...] = ([1, 1], [s - 2 * t] * 2, [2, 2], [1, 1], 1)
+        inputs = [parts, weight.shape[0], t, t]
+        packed = mkldnn._reorder_convolution_transpose_weight(weight.contiguous(), *rest, inputs)
+        transpose = lambda g: mkldnn._convolution_transpose_pointwise(  # noqa: E731
+            g, packed, None, *rest, "none", [], ""
+        )
+    return lambda g: transpose(g.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def written_out_gradient(energy: ConvEnergy, inputs: list[int], dtype: torch.dtype) -> Map:
-    """df/dx of the energy as it is now: x (N,C,S,S) float32 -> the same, computed in ``dtype``.
+class WrittenGradient:
+    """df/dx of a `ConvEnergy` with the weights that it has now, computed in ``dtype``.
 
     ``inputs`` is the largest shape (N,C,S,S) that it will be given.
     """
-    first, activation, *rest = energy.layers
-    slope = slope_of(activation)
-    layers = [_first_layer(cast(nn.Conv2d, first), inputs, dtype)]
-    parts, _, s, _ = inputs
-    for conv in cast(list[nn.Conv2d], rest[:-1:2]):
-        weight, bias = conv.weight.detach().to(dtype), cast(Tensor, conv.bias).detach().to(dtype)
-        forward = _convolution(weight, bias, 2, [parts, conv.in_channels, s, s])
-        layers.append((forward, _transposed(weight, parts, s)))
-        s //= 2
-    last = cast(nn.Conv2d, rest[-1]).weight.detach().to(dtype).permute(0, 2, 3, 1)
-    last = last.expand(parts, -1, -1, -1).contiguous()  # elementwise work needs plain strides
 
-    def gradient(x: Tensor) -> Tensor:
-        kept = [layers[0][0](x.to(dtype))]
-        for forward, _ in layers[1:]:
-            kept.append(forward(slope.forward(kept[-1])))
-        g = last[: len(x)]
-        for (_, backward), h in zip(reversed(layers), reversed(kept), strict=True):
-            g = backward(slope.backward(g, h))
+    def __init__(self, energy: ConvEnergy, inputs: list[int], dtype: torch.dtype) -> None:
+        first, activation, *rest = energy.layers
+        self.dtype = dtype
+        self.slope = slope_of(activation)
+        self.layers = [_first_layer(cast(nn.Conv2d, first), inputs, dtype)]
+        parts, _, s, _ = inputs
+        for conv in cast(list[nn.Conv2d], rest[:-1:2]):
+            weight, bias = (
+                conv.weight.detach().to(dtype),
+                cast(Tensor, conv.bias).detach().to(dtype),
+            )
+            forward = _convolution(weight, bias, 2, [parts, conv.in_channels, s, s])
+            self.layers.append((forward, _transposed(weight, parts, s)))
+            s //= 2
+        last = cast(nn.Conv2d, rest[-1])
+        self.last_bias = cast(Tensor, last.bias).detach()
+        weight = last.weight.detach().permute(0, 2, 3, 1)
+        self.last_row = weight.flatten()
+        # One copy for each image: elementwise work needs plain strides.
+        self.last = weight.to(dtype).expand(parts, -1, -1, -1).contiguous()
+
+    def __call__(self, x: Tensor, energies: Tensor | None = None) -> Tensor:
+        """df/dx at x (N,C,S,S) float32, the same kind; f goes into ``energies`` (N,) if given."""
+        kept = [self.layers[0][0](x.to(self.dtype))]
+        for forward, _ in self.layers[1:]:
+            kept.append(forward(self.slope.forward(kept[-1])))
+        if energies is not None:
+            top = self.slope.forward(kept[-1]).flatten(1).float()
+            torch.addmv(self.last_bias, top, self.last_row, out=energies)
+        g = self.last[: len(x)]
+        for (_, backward), h in zip(reversed(self.layers), reversed(kept), strict=True):
+            g = backward(self.slope.backward(g, h))
         return g.to(x.dtype)
-
-    return gradient

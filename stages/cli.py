@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stages import StageError, presets
+from stages import StageError, console, presets
 from stages.console import say
 from stages.files import Paths, reports, write_text
 from stages.params import Params, load_params
@@ -82,6 +82,19 @@ def _stage(params_file: Path) -> Iterator[Params]:
     except Stopped:
         say("stopped; what is done is kept, run the same command to go on")
         raise typer.Exit(130) from None
+
+
+@app.callback()
+def main(
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", envvar="STOCHSEC_VERBOSE", help="Say which engine runs, and why."
+        ),
+    ] = False,
+) -> None:
+    """Before any command."""
+    console.verbose = verbose
 
 
 @app.command()

@@ -14,7 +14,6 @@ from defense.pixels import from_bytes, to_net, to_pixels
 from defense.rng import make_generator
 from stages.artifacts import AttackResult, Images, load_images, save_tensors
 from stages.console import Track, say
-from stages.engine import choose_chain
 from stages.hardware import Hardware
 from stages.models import Nets, threat
 from stages.params import MODELS, Params
@@ -44,7 +43,8 @@ def run(
     inputs = [images, classifier, pgd, *models.values()]
 
     def key(p: Params) -> object:
-        return p.seed, dataset, p.data[dataset], p.classifier, p.energy, p.attack, p.compare
+        data, precision = p.data[dataset], p.langevin.precision
+        return p.seed, dataset, data, p.classifier, p.energy, precision, p.attack, p.compare
 
     work: list[tuple[str, Piece]] = []
     for model in MODELS:
@@ -108,7 +108,7 @@ def along(nets: Nets, purpose: str, pixels: Tensor) -> dict[str, Tensor]:
         to_net(pixels).to(device).repeat(compare.replicas, 1, 1, 1),
         compare.K,
         tau=tau,
-        chain=choose_chain(),
+        chain=nets.chain(max(compare.K)),
         generator=make_generator(params.seed, nets.dataset, "compare", purpose, device=device),
         max_chains=batch,
     )

@@ -81,6 +81,15 @@ class Track:
             )
 
 
+verbose = False  # set by the command line
+
+
+def detail(message: str) -> None:
+    """One line for the person who asked for more (-v)."""
+    if verbose:
+        say(message)
+
+
 def say(message: str) -> None:
     """One line for the person at the terminal."""
     console.print(message, soft_wrap=True, markup=False)

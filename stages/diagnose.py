@@ -11,7 +11,6 @@ from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages.artifacts import Images, load_images, load_state, save_tensors
 from stages.console import Track, say
-from stages.engine import choose_chain
 from stages.hardware import Hardware
 from stages.models import Nets
 from stages.params import Params
@@ -80,7 +79,7 @@ def samples(nets: Nets, data: Images) -> dict[str, Tensor]:
         to_net(from_bytes(data.images[:SAMPLES])).to(device),
         grid,
         tau=params.dataset(nets.dataset).tau,
-        chain=choose_chain(),
+        chain=nets.chain(max(grid)),
         generator=make_generator(params.seed, nets.dataset, "diagnose", device=device),
         max_chains=nets.hardware.max_chains,
     )

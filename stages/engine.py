@@ -2,12 +2,64 @@
 
 from functools import cache
 
-from defense.compiled import CompiledLangevin
-from defense.langevin import Chain, langevin
-from stages.hardware import engine_name
+from torch import Generator, Tensor
+
+from defense.compiled import CompiledLangevin, bytes_per_image, images_at_once
+from defense.energy import ConvEnergy
+from defense.langevin import Chain, ChainLog, EnergyFn, LangevinConfig, langevin
+from defense.precision import Precision, tensor_cores
+from stages import StageError
+from stages.console import detail
+from stages.hardware import Hardware, engine_name
+
+SHORT = 4  # steps below which laying the weights out costs a CPU more than it gains
+
+
+def choose_chain(energy: ConvEnergy, steps: int, precision: Precision, hardware: Hardware) -> Chain:
+    """The fast chain, unless the job is too short for it or the reference was asked for.
+
+    `StageError` if the reference is to compute in bfloat16, which only the fast chain can.
+    """
+    name, device = engine_name(), hardware.device.type
+    if name == "plain" and precision == "bfloat16":
+        raise StageError("STOCHSEC_ENGINE: plain computes in float32 or tf32, not in bfloat16")
+    short = device == "cpu" and steps < SHORT and precision != "bfloat16"
+    if name == "plain" or (name == "auto" and short):
+        why = "asked for" if name == "plain" else f"fewer than {SHORT} steps a call"
+        _say_once(f"engine: plain, {precision}, {steps} steps ({why})")
+        return _plain(precision)
+    kib = bytes_per_image(energy, precision) / 1024
+    at_once = images_at_once(energy, precision, hardware.device)
+    how = "CUDA graphs" if device == "cuda" else "library kernels, weights laid out once a call"
+    _say_once(
+        f"engine: compiled, {precision}, {steps} steps ({how}; activations {kib:.0f} KiB an image, "
+        f"{at_once} images at once)"
+    )
+    return _compiled(precision)
 
 
 @cache
-def choose_chain() -> Chain:
-    """The fast chain, one instance for the whole process, or the plain reference if asked for."""
-    return CompiledLangevin() if engine_name() == "compiled" else langevin
+def _compiled(precision: Precision) -> CompiledLangevin:
+    """One for the whole process: it keeps its CUDA graphs."""
+    return CompiledLangevin(precision=precision)
+
+
+@cache
+def _plain(precision: Precision) -> Chain:
+    def chain(
+        energy: EnergyFn,
+        x: Tensor,
+        config: LangevinConfig,
+        *,
+        generator: Generator | None,
+        log: ChainLog | None = None,
+    ) -> Tensor:
+        with tensor_cores(precision):
+            return langevin(energy, x, config, generator=generator, log=log)
+
+    return chain
+
+
+@cache
+def _say_once(message: str) -> None:
+    detail(message)

@@ -7,7 +7,7 @@ import torch
 
 from stages import StageError
 
-ENGINES = ("compiled", "plain")
+ENGINES = ("auto", "compiled", "plain")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Hardware:
 
 
 def engine_name() -> str:
-    """The implementation of the chain that $STOCHSEC_ENGINE asks for; the fast one by default."""
+    """The implementation of the chain that $STOCHSEC_ENGINE asks for; auto by default."""
     name = os.environ.get("STOCHSEC_ENGINE", ENGINES[0])
     if name not in ENGINES:
         raise StageError(f"STOCHSEC_ENGINE: expected one of {list(ENGINES)}, got {name!r}")

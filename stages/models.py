@@ -6,7 +6,7 @@ from pathlib import Path
 from defense.classifier import WideResNet
 from defense.energy import ConvEnergy
 from defense.eot import EOTDefense
-from defense.langevin import LangevinConfig
+from defense.langevin import Chain, LangevinConfig
 from defense.threat import ThreatModel
 from stages.classifiers import load_classifier
 from stages.energies import load_energy
@@ -44,6 +44,10 @@ class Nets:
             load_energy(params, dataset, hardware, energy),
         )
 
+    def chain(self, steps: int) -> Chain:
+        """What runs chains of so many steps."""
+        return choose_chain(self.energy, steps, self.params.langevin.precision, self.hardware)
+
     def defense(self, steps: int, replicas: int, purpose: str) -> EOTDefense:
         """The defended classifier; every purpose has noise of its own."""
         return EOTDefense(
@@ -53,7 +57,7 @@ class Nets:
             replicas=replicas,
             max_chains=self.hardware.max_chains,
             seed=f"{self.params.seed}/{self.dataset}/{purpose}",
-            chain=choose_chain(),
+            chain=self.chain(steps),
         )
 
 

@@ -18,6 +18,8 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 
 
@@ -28,16 +30,19 @@ class Section(BaseModel):
 
 
 class ClassifierTraining(Section):
-    """SGD with a step schedule; the fields of `defense.ClassifierTrainConfig`."""
+    """SGD; the fields of `defense.ClassifierTrainConfig`."""
 
     epochs: Count
     batch: Count
     learning_rate: Positive
+    schedule: Literal["step", "one_cycle"]
     milestones: tuple[Count, ...]
-    momentum: Annotated[float, Field(ge=0, lt=1)]
+    warm_up: Fraction
+    momentum: Fraction
     weight_decay: NotNegative
     crop: CountOrNone
     flip: bool
+    precision: Precision
 
 
 class Dataset(Section):
@@ -84,6 +89,7 @@ class EBM(Section):
     steps: Count
     adam_batches: Count
     sgd_batches: Count
+    precision: Precision
 
 
 class Langevin(Section):
@@ -93,6 +99,7 @@ class Langevin(Section):
     K_short: Count
     H_adv: Count
     H_def: Count
+    precision: Precision
 
 
 class PGD(Section):
@@ -227,6 +234,8 @@ class Params(Section):
         elif attack != "pgd":
             steps = langevin.K if attack == "transfer_K" else langevin.K_short
             shown |= {"K": steps, "H_def": section.transfer.replicas}
+        if attack != "pgd":
+            shown["precision"] = langevin.precision
         return shown
 
     def reloaded(self) -> "Params":

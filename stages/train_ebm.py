@@ -63,9 +63,8 @@ def run(
         what = f"ebm {dataset} {phase}"
         with Track(what, total, unit="batches", done=trainer.batches_done) as track:
             while trainer.batches_done < total:
-                row_due = (trainer.batches_done + 1) % ROW_EVERY == 0
-                stats = trainer.update(gradient_norm=row_due)
-                if stats.gradient_norm is not None:
+                stats = trainer.update()
+                if trainer.batches_done % ROW_EVERY == 0:
                     gap, norm = float(stats.energy_gap), float(stats.gradient_norm)
                     if not math.isfinite(gap):
                         raise StageError(
@@ -108,8 +107,10 @@ def make_trainer(
         batch=params.ebm.batch,
         data_noise=section.data_noise,
         langevin=LangevinConfig(params.ebm.steps, section.tau),
+        precision=params.ebm.precision,
     )
-    return EBMTrainer(energy, data, bank, config, generator=generator, chain=choose_chain())
+    chain = choose_chain(energy, params.ebm.steps, params.ebm.precision, hardware)
+    return EBMTrainer(energy, data, bank, config, generator=generator, chain=chain)
 
 
 def go_on_from_phase_1(trainer: EBMTrainer, dataset: str, start: Path, hardware: Hardware) -> None:

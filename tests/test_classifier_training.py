@@ -18,11 +18,14 @@ def make_config(**changes) -> ClassifierTrainConfig:
         "epochs": 4,
         "batch": 8,
         "learning_rate": 0.05,
+        "schedule": "step",
         "milestones": (2,),
+        "warm_up": 0.25,
         "momentum": 0.9,
         "weight_decay": 5e-4,
         "crop": 0,
         "flip": False,
+        "precision": "float32",
     }
     return ClassifierTrainConfig(**{**values, **changes})
 
@@ -183,12 +186,70 @@ def test_it_learns_what_can_be_told_apart(make_trainer, seeded) -> None:
     assert (logits.argmax(1) == y).float().mean() > 0.9
 
 
-def test_the_learning_rate_falls_tenfold_at_each_milestone(make_trainer) -> None:
-    trainer, rates = make_trainer(make_config(milestones=(1, 3))), []
-    for _ in range(4):
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+def rates_of(trainer: ClassifierTrainer) -> list[float]:
+    """The learning rate of every update of a whole training."""
+    rates: list[float] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    for _ in range(trainer.config.epochs):
         trainer.epoch()
-    assert rates == pytest.approx([0.05, 0.005, 0.005, 0.0005])
+    return rates
+
+
+def test_the_learning_rate_falls_tenfold_at_each_milestone(make_trainer) -> None:
+    rates = rates_of(make_trainer(make_config(milestones=(1, 3))))
+    assert rates == pytest.approx([0.05] * 4 + [0.005] * 8 + [0.0005] * 4)
+
+
+def test_one_cycle_rises_and_falls_linearly(make_trainer) -> None:
+    rates = rates_of(make_trainer(make_config(schedule="one_cycle", warm_up=0.25)))
+    up, down = [0.05 * i / 4 for i in range(4)], [0.05 * i / 12 for i in range(12, 0, -1)]
+    assert rates == pytest.approx(up + down)
+
+
+def test_one_cycle_without_a_warm_up_only_falls() -> None:
+    config = make_config(schedule="one_cycle", warm_up=0.0)
+    assert [config.rate(epoch) for epoch in (0, 2, 4)] == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "cosine"}, "schedule: expected step or one_cycle, got 'cosine'"),
+        ({"warm_up": 1.0}, r"warm_up: expected in \[0, 1\), got 1.0"),
+        ({"precision": "float16"}, r"precision: expected one of .*, got 'float16'"),
+    ],
+)
+def test_what_is_unknown_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(**change)
+
+
+def test_it_learns_in_bfloat16_with_float32_weights(make_trainer, seeded) -> None:
+    trainer = make_trainer(make_config(precision="bfloat16", schedule="one_cycle"))
+    inside: list[torch.dtype] = []
+    trainer.classifier.head.register_forward_hook(lambda _, x, y: inside.append(y.dtype))
+    losses = [trainer.epoch() for _ in range(4)]
+    assert set(inside) == {torch.bfloat16}
+    assert {p.dtype for p in trainer.classifier.parameters()} == {torch.float32}
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_compiling_is_asked_for(make_trainer, monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    trainer = make_trainer(make_config())
+    assert not compiled
+    ClassifierTrainer(
+        trainer.classifier,
+        trainer.images,
+        trainer.labels,
+        trainer.config,
+        generator=trainer.generator,
+        compiled=True,
+    )
+    assert compiled == [trainer.classifier]
 
 
 class Batches(nn.Module):

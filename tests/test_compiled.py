@@ -1,8 +1,8 @@
 """The fast chain against the plain one: the same noise, the same steps, the same conditions."""
 
 import copy
-import os
 import pickle
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,16 +11,18 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from defense import compiled, written_gradient
-from defense.compiled import CompiledLangevin, padded_batch
+from defense.compiled import CompiledLangevin, bytes_per_image, images_at_once, padded_batch
 from defense.energy import ACTIVATIONS, ConvEnergy
-from defense.langevin import LangevinConfig, energy_gradient, langevin
-from defense.written_gradient import slope_of, written_out_gradient
+from defense.langevin import ChainLog, LangevinConfig, energy_and_gradient, langevin
+from defense.precision import Precision
+from defense.written_gradient import WrittenGradient, slope_of
 
 TWENTY = LangevinConfig(steps=20, tau=0.01)
 
-# Every way through the network: one matrix, blocks, matrix products (64 channels), odd sides.
+# Every way through the network: one matrix, 2x2 blocks, products (64 channels), odd sides.
 SHAPES = {
     "digits": {"image_size": 8, "channels": 1, "width": 8},
     "paper": {"image_size": 32, "channels": 3, "width": 16},
@@ -97,22 +99,40 @@ def test_gradient_without_the_cpu_library(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     energy, x = make_energy(shape, activation), make_images(shape)
     with torch.inference_mode():
-        actual = written_out_gradient(energy, list(x.shape), torch.float32)(x)
-    assert relative_difference(actual, energy_gradient(energy, x)) < 1e-5
+        actual = WrittenGradient(energy, list(x.shape), torch.float32)(x)
+    assert relative_difference(actual, energy_and_gradient(energy, x)[1]) < 1e-5
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_parts_do_not_change_the_noise(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr(compiled, "CACHED_VALUES", 0)
-    monkeypatch.setattr(compiled, "SMALLEST_PART", 3)
-    monkeypatch.setattr(compiled, "NOISE_VALUES", 3 * 17 * 64)
+def test_pieces_do_not_change_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     energy, x = make_energy(activation="silu"), make_images(count=17)
     generators = seeded(), seeded()
-    expected = langevin(energy, x, TWENTY, generator=generators[0])
-    with torch_threads(threads):
-        actual = CompiledLangevin()(energy, x, TWENTY, generator=generators[1])
+    logs = ChainLog(), ChainLog()
+    expected = langevin(energy, x, TWENTY, generator=generators[0], log=logs[0])
+    monkeypatch.setattr(compiled, "CACHED_VALUES", 0)
+    monkeypatch.setattr(compiled, "SMALLEST_SHARE", 3)
+    assert images_at_once(energy, "float32", x.device) == 3
+    actual = CompiledLangevin()(energy, x, TWENTY, generator=generators[1], log=logs[1])
     assert relative_difference(actual, expected) < 1e-5
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
+    assert_same_log(logs[1], logs[0])
+
+
+def assert_same_log(actual: ChainLog, expected: ChainLog) -> None:
+    for rows in ("energies", "gradient_norms"):
+        ours, theirs = torch.stack(getattr(actual, rows)), torch.stack(getattr(expected, rows))
+        assert ours.shape == theirs.shape
+        assert relative_difference(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_log_is_the_plain_chains_and_changes_nothing(shape: str, activation: str) -> None:
+    energy, x = make_energy(shape, activation), make_images(shape)
+    logs = ChainLog(), ChainLog()
+    langevin(energy, x, TWENTY, generator=seeded(), log=logs[0])
+    logged = CompiledLangevin()(energy, x, TWENTY, generator=seeded(), log=logs[1])
+    assert_same_log(logs[1], logs[0])
+    assert torch.equal(logged, CompiledLangevin()(energy, x, TWENTY, generator=seeded()))
 
 
 def test_same_seed_gives_the_same_bits() -> None:
@@ -153,25 +173,9 @@ def test_tau_zero_is_gradient_descent() -> None:
     config = LangevinConfig(steps=3, tau=0.0)
     expected = x
     for _ in range(3):
-        expected = expected - energy_gradient(energy, expected)
+        expected = expected - energy_and_gradient(energy, expected)[1]
     actual = CompiledLangevin()(energy, x, config, generator=seeded())
     assert relative_difference(actual, expected) < 1e-6
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_on_step_sees_every_state_and_may_keep_it(threads: int) -> None:
-    energy, x = make_energy(activation="silu"), make_images()
-    seen: list[tuple[int, Tensor]] = []
-    plain: list[Tensor] = []
-    with torch_threads(threads):
-        result = CompiledLangevin()(
-            energy, x, TWENTY, generator=seeded(), on_step=lambda k, state: seen.append((k, state))
-        )
-    langevin(energy, x, TWENTY, generator=seeded(), on_step=lambda k, state: plain.append(state))
-    assert [k for k, _ in seen] == list(range(1, 21))
-    assert torch.equal(seen[-1][1], result)
-    for (_, state), expected in zip(seen, plain, strict=True):
-        assert relative_difference(state, expected) < 1e-5
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -203,16 +207,6 @@ def test_the_global_stream_is_used_only_when_asked_for() -> None:
     expected = langevin(energy, x, TWENTY, generator=None)
     torch.set_rng_state(state)
     assert relative_difference(chain(energy, x, TWENTY, generator=None), expected) < 1e-5
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_number_of_torch_threads_is_left_alone(threads: int) -> None:
-    with torch_threads(threads):
-        CompiledLangevin()(make_energy(), make_images(), TWENTY, generator=seeded())
-        assert torch.get_num_threads() == threads
-    workers = compiled._workers(threads, os.getpid())
-    inside = [workers.submit(torch.get_num_threads) for _ in range(8)]
-    assert {job.result() for job in inside} == {1}
 
 
 @pytest.mark.parametrize("shape", ["digits", "paper"])
@@ -269,7 +263,7 @@ class FakeGraph:
     recording: "FakeGraph | None" = None
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Any, int]] = []
+        self.calls: list[tuple[Any, int, ChainLog | None]] = []
         self.replays = 0
 
     def register_generator_state(self, generator: Generator) -> None:
@@ -277,9 +271,15 @@ class FakeGraph:
 
     def replay(self) -> None:
         self.replays += 1
-        for graphs, steps in self.calls:
+        for graphs, steps, log in self.calls:
             assert graphs.call.generator is self.generator
-            ADVANCE(graphs, steps)
+            again = ADVANCE(graphs, steps)
+            for static, rows in zip(rows_of(log), rows_of(again), strict=True):
+                static.copy_(rows)
+
+
+def rows_of(log: ChainLog | None) -> list[Tensor]:
+    return [] if log is None else log.energies + log.gradient_norms
 
 
 ADVANCE = compiled._Graphs._advance
@@ -295,11 +295,11 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
         FakeGraph.recording = None
 
-    def advance(graphs: compiled._Graphs, steps: int) -> None:
+    def advance(graphs: compiled._Graphs, steps: int) -> ChainLog | None:
+        log = ADVANCE(graphs, steps)
         if FakeGraph.recording is not None:
-            FakeGraph.recording.calls.append((graphs, steps))
-        else:
-            ADVANCE(graphs, steps)
+            FakeGraph.recording.calls.append((graphs, steps, log))
+        return log
 
     monkeypatch.setattr(compiled._Graphs, "_advance", advance)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
@@ -309,15 +309,14 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     monkeypatch.setattr(compiled, "GRAPH_STEPS", 5)
-    monkeypatch.setattr(compiled, "_run_parts", MagicMock(side_effect=AssertionError))
 
 
 def run_graphs(
     chain: CompiledLangevin, energy: ConvEnergy, x: Tensor, steps: int, **options: Any
 ) -> Tensor:
     x = x.clone()
-    config, options = LangevinConfig(steps, 0.01), {"on_step": None, **options}
-    chain._run_graphs(compiled._Call(energy, x, config, precision="float32", **options))
+    config, options = LangevinConfig(steps, 0.01), {"log": None, **options}
+    chain._run_graphs(compiled._Call(energy, x, config, precision="float32", piece=6, **options))
     return x
 
 
@@ -339,15 +338,69 @@ def test_graph_path_pads_splits_and_moves_the_generator_on(fake_graphs: None) ->
     assert copy.deepcopy(chain)._graphs == {}
 
 
-def test_graph_path_shows_every_step(fake_graphs: None) -> None:
-    energy, x, chain = make_energy(activation="silu"), make_images(count=16), CompiledLangevin()
-    seen: list[tuple[int, Tensor]] = []
-    actual = run_graphs(
-        chain, energy, x, 8, generator=seeded(), on_step=lambda k, state: seen.append((k, state))
-    )
-    assert [k for k, _ in seen] == list(range(1, 9))
-    assert torch.equal(seen[-1][1], actual)
-    assert not torch.equal(seen[0][1], seen[1][1])
+def test_graph_path_logs_every_step_of_the_images_that_were_asked_for(fake_graphs: None) -> None:
+    energy, x, chain = make_energy(activation="silu"), make_images(count=13), CompiledLangevin()
+    logs = ChainLog(), ChainLog()
+    padded = torch.cat([x, torch.zeros(3, 1, 8, 8)])
+    langevin(energy, padded, LangevinConfig(8, 0.01), generator=seeded(), log=logs[0])
+    expected = ChainLog(*([row[:13] for row in rows] for rows in vars(logs[0]).values()))
+    unlogged = run_graphs(chain, energy, x, 8, generator=seeded())
+    assert torch.equal(run_graphs(chain, energy, x, 8, generator=seeded(), log=logs[1]), unlogged)
+    assert_same_log(logs[1], expected)
+    assert len(chain._graphs) == 2
+
+
+def test_what_fits_a_gpus_memory_goes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    energy = make_energy("paper")
+    need = bytes_per_image(energy, "float32")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200 * need, 10**12))
+    device = torch.device("cuda")
+    assert images_at_once(energy, "float32", device) == 100
+    assert images_at_once(energy, "bfloat16", device) == 200
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10**12))
+    assert images_at_once(energy, "float32", device) == 1
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most memory that tensors made inside have held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            storage = out.untyped_storage()
+            key, size = storage.data_ptr(), storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.forget, key, size)
+        return out
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_stated_memory_is_enough_and_not_much_more(
+    shape: str, activation: str, precision: Precision
+) -> None:
+    energy, x = make_energy(shape, activation), make_images(shape, count=50)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    with torch.no_grad():
+        gradient = WrittenGradient(energy, list(x.shape), dtype)
+        gradient(x)
+        with LiveBytes() as memory:
+            gradient(x)
+    stated = 50 * bytes_per_image(energy, precision)
+    assert 0.5 * stated < memory.peak < stated
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

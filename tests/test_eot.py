@@ -30,7 +30,7 @@ class NumberingChain:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def __call__(self, energy, x, config, *, generator, on_step=None) -> Tensor:
+    def __call__(self, energy, x, config, *, generator, log=None) -> Tensor:
         x, first = x.clone(), sum(self.sizes)
         x[:, 0, 0, 0] = to_net(torch.arange(first, first + len(x)).float())
         self.sizes.append(len(x))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from defense.langevin import LangevinConfig, energy_gradient, langevin
+from defense.langevin import ChainLog, LangevinConfig, energy_and_gradient, langevin
 
 START = torch.linspace(-1, 1, 24).view(2, 3, 2, 2)
 
@@ -112,20 +112,18 @@ def test_the_energy_is_evaluated_once_a_step(quadratic, seeded) -> None:
     assert energy.a.grad is None
 
 
-def test_on_step_sees_every_state_once(quadratic, seeded) -> None:
-    seen = []
-    end = langevin(
-        quadratic(0.1),
-        START,
-        LangevinConfig(4, 0.1),
-        generator=seeded(),
-        on_step=lambda k, state: seen.append((k, state)),
-    )
-    assert [k for k, _ in seen] == [1, 2, 3, 4]
-    for k, state in seen:
-        shorter = langevin(quadratic(0.1), START, LangevinConfig(k, 0.1), generator=seeded())
-        assert torch.equal(state, shorter)
-    assert torch.equal(seen[-1][1], end)
+def test_the_log_has_energy_and_gradient_norm_before_every_step(quadratic, seeded) -> None:
+    log, energy = ChainLog(), quadratic(0.1)
+    langevin(energy, START, LangevinConfig(4, 0.1), generator=seeded(), log=log)
+    assert len(log.energies) == len(log.gradient_norms) == 4
+    for k in range(4):
+        state = langevin(energy, START, LangevinConfig(k, 0.1), generator=seeded())
+        torch.testing.assert_close(log.energies[k], energy(state).detach())
+        norms = (0.1 * state).flatten(1).norm(dim=1)
+        torch.testing.assert_close(log.gradient_norms[k], norms)
+    mean = torch.stack(log.gradient_norms).mean()
+    assert log.mean_gradient_norm() == mean
+    assert ChainLog().mean_gradient_norm().isnan()
 
 
 def test_chains_are_not_clipped(quadratic, seeded) -> None:
@@ -146,7 +144,8 @@ def test_a_batch_of_one_and_an_empty_batch_work(tiny_energy, images, seeded) -> 
 
 
 def test_the_gradient_is_each_images_own(quadratic) -> None:
-    torch.testing.assert_close(energy_gradient(quadratic(0.3), START), 0.3 * START)
+    _, gradient = energy_and_gradient(quadratic(0.3), START)
+    torch.testing.assert_close(gradient, 0.3 * START)
 
 
 def test_bad_configurations_are_said() -> None:

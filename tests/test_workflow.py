@@ -37,7 +37,7 @@ HOMES = {
     "dvc": set(),
 }
 LAYERS = [
-    {"rng", "pixels", "threat", "bank", "inference", "classifier", "energy"},
+    {"rng", "pixels", "precision", "threat", "bank", "inference", "classifier", "energy"},
     {"langevin", "classifier_training", "written_gradient"},
     {"compiled", "ebm_training", "eot", "attack"},
     {"diagnostics"},

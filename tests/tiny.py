@@ -12,8 +12,8 @@ TINY: dict[str, Any] = {
     "run": "tiny",
     "classifier": {"depth": 10, "width": 1},
     "energy": {"width": 4, "activation": "leaky_relu"},
-    "ebm": {"batch": 20, "steps": 3, "adam_batches": 20, "sgd_batches": 20},
-    "langevin": {"K": 4, "K_short": 2, "H_adv": 2, "H_def": 5},
+    "ebm": {"batch": 20, "steps": 3, "adam_batches": 20, "sgd_batches": 20, "precision": "float32"},
+    "langevin": {"K": 4, "K_short": 2, "H_adv": 2, "H_def": 5, "precision": "float32"},
     "attack": {
         "norm": "linf",
         "eps_255": 48,

@@ -1,0 +1,35 @@
+"""Arithmetic of a network: float32, or faster with fewer digits. State and weights: float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+def check_precision(precision: Precision) -> Precision:
+    """The same, or ValueError."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
+    return precision
+
+
+@contextmanager
+def tensor_cores(precision: Precision) -> Iterator[None]:
+    """Inside, CUDA convolves float32 tensors as float32, unless ``precision`` allows less.
+
+    torch's own default is tf32. On a CPU there is no difference.
+    """
+    allow = precision != "float32"
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allow):
+        yield
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Inside, networks compute in ``precision``, forward and back; bfloat16 is torch's autocast."""
+    low = precision == "bfloat16"
+    with tensor_cores(precision), torch.autocast(device.type, torch.bfloat16, enabled=low):
+        yield
