@@ -10,8 +10,8 @@ from defense.langevin import Chain, LangevinConfig, langevin
 from defense.pixels import to_net, to_pixels
 from defense.rng import make_generator
 
-CLASSIFIER_BATCH = 512
-"""Purified images that the classifier sees at once."""
+CLASSIFIER_PIXELS = 512 * 32 * 32
+"""Pixels that the classifier sees at once: 512 purified CIFAR images."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -110,16 +110,18 @@ class EOTDefense(nn.Module):
                 raise ValueError(f"x: expected pixels in [0, 1], got {low} to {high}")
         copies = x.repeat(self.replicas, 1, 1, 1)
         purified = straight_through(copies, self.purify(copies, generator=generator))
-        logits = torch.cat([self._classify(part) for part in purified.split(CLASSIFIER_BATCH)])
+        pieces = purified.split(max(1, CLASSIFIER_PIXELS // x.shape[2:].numel()))
+        again = len(pieces) > 1
+        logits = torch.cat([self._classify(piece, again=again) for piece in pieces])
         stacked: Tensor = logits.unflatten(0, (self.replicas, len(x)))
         return stacked
 
-    def _classify(self, pixels: Tensor) -> Tensor:
-        """Logits of one piece; with gradients, its activations are made again on the way back.
+    def _classify(self, pixels: Tensor, *, again: bool) -> Tensor:
+        """Logits of one piece, one of several if its activations are to be made again.
 
-        So the memory of a backward pass is that of one piece, whatever the number of replicas.
+        Then the memory of a backward pass is that of one piece, whatever the number of replicas.
         """
-        if not torch.is_grad_enabled():
+        if not again or not torch.is_grad_enabled():
             return torch.as_tensor(self.classifier(pixels))
         logits: Tensor = checkpoint(self.classifier, pixels, use_reentrant=False)
         return logits

@@ -73,9 +73,16 @@ DEFAULT_PARAMS = Path("params.yaml")
 
 @contextmanager
 def _stage(params_file: Path) -> Iterator[Params]:
-    """Validated parameters; one line and an exit status for whatever the user can mend."""
-    try:
+    """Validated parameters for a stage that ends as `_mendable` says."""
+    with _mendable():
         yield load_params(params_file)
+
+
+@contextmanager
+def _mendable() -> Iterator[None]:
+    """One line and an exit status for whatever the user can mend."""
+    try:
+        yield
     except StageError as error:
         say(f"error: {error}")
         raise typer.Exit(2) from None
@@ -285,6 +292,25 @@ def diagnose(
             state=state or paths.state("ebm_convergent"),
             out=out or paths.record("diagnose"),
         )
+
+
+@app.command()
+def bench(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Another copy of the numbers.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for numbers, table and plot.")
+    ] = Path("reports/bench"),
+    rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 11,
+    device: Device = None,
+) -> None:
+    """Time chains, training and attack against a plain torch loop and the machine's limits."""
+    with _mendable():
+        from stages import bench as stage
+        from stages.hardware import Hardware
+
+        stage.run(Hardware.choose(device), rounds, out, json_path)
 
 
 @app.command()

@@ -216,7 +216,7 @@ def test_the_classifiers_pieces_change_nothing(make_defense, images, monkeypatch
     y = torch.tensor([0, 1, 2, 0, 1])
     whole = make_defense(replicas=3).replica_logits(images)
     gradient, _ = loss_gradient(make_defense(replicas=3), images, y)
-    monkeypatch.setattr(defense.eot, "CLASSIFIER_BATCH", pieces)
+    monkeypatch.setattr(defense.eot, "CLASSIFIER_PIXELS", pieces * 8 * 8)
     in_pieces = make_defense(replicas=3)
     sizes: list[int] = []
     in_pieces.classifier.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
@@ -224,6 +224,13 @@ def test_the_classifiers_pieces_change_nothing(make_defense, images, monkeypatch
     assert max(sizes) == pieces
     again, _ = loss_gradient(make_defense(replicas=3), images, y)
     torch.testing.assert_close(again, gradient)
+
+
+def test_a_single_piece_is_not_classified_again_on_the_way_back(make_defense, images) -> None:
+    defended, calls = make_defense(replicas=3), []
+    defended.classifier.register_forward_hook(lambda *_: calls.append(1))
+    loss_gradient(defended, images, torch.tensor([0, 1, 2, 0, 1]))
+    assert len(calls) == 1
 
 
 def test_a_batch_of_one_works(make_defense, images) -> None:

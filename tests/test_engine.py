@@ -1,0 +1,94 @@
+"""Which implementation of the chain a job gets, and what is said about it."""
+
+import pytest
+import torch
+
+from defense.compiled import CompiledLangevin
+from defense.energy import ConvEnergy
+from defense.langevin import Chain, LangevinConfig, langevin
+from defense.precision import arithmetic, tensor_cores
+from stages import StageError, console, engine
+from stages.hardware import Hardware
+
+CPU = Hardware(torch.device("cpu"), 100)
+GPU = Hardware(torch.device("cuda"), 100)
+
+
+def chosen(steps: int, precision: str = "float32", hardware: Hardware = CPU) -> str:
+    energy = ConvEnergy(image_size=8, channels=1, width=4)
+    chain = engine.choose_chain(energy, steps, precision, hardware)
+    return "compiled" if isinstance(chain, CompiledLangevin) else "plain"
+
+
+@pytest.mark.parametrize(
+    ("steps", "precision", "expected"),
+    [
+        (3, "float32", "plain"),
+        (3, "tf32", "plain"),
+        (4, "float32", "compiled"),
+        (1500, "float32", "compiled"),
+        (1, "bfloat16", "compiled"),
+    ],
+)
+def test_a_short_chain_stays_plain(steps: int, precision: str, expected: str) -> None:
+    assert chosen(steps, precision) == expected
+
+
+def test_a_gpu_gets_graphs_at_any_length(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    assert chosen(1, hardware=GPU) == "compiled"
+
+
+def test_the_environment_insists(monkeypatch) -> None:
+    monkeypatch.setenv("STOCHSEC_ENGINE", "compiled")
+    assert chosen(1) == "compiled"
+    monkeypatch.setenv("STOCHSEC_ENGINE", "plain")
+    assert chosen(1500) == "plain"
+    with pytest.raises(StageError, match="plain computes in float32 or tf32, not in bfloat16"):
+        chosen(1500, "bfloat16")
+    monkeypatch.setenv("STOCHSEC_ENGINE", "fast")
+    with pytest.raises(StageError, match=r"STOCHSEC_ENGINE: expected one of .* got 'fast'"):
+        chosen(1500)
+
+
+def test_both_compute_the_same_chain(tiny_energy, images) -> None:
+    def run(steps: int, chain: Chain) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return chain(tiny_energy, images, LangevinConfig(steps, 0.1), generator=generator)
+
+    for steps in (3, 4):
+        chain = engine.choose_chain(tiny_energy, steps, "float32", CPU)
+        torch.testing.assert_close(run(steps, chain), run(steps, langevin), rtol=1e-4, atol=1e-5)
+
+
+def test_what_runs_and_why_is_said_once_to_those_who_ask(monkeypatch, capsys) -> None:
+    engine._say_once.cache_clear()
+    monkeypatch.setattr(console, "verbose", False)
+    chosen(7)
+    assert not capsys.readouterr().err
+    engine._say_once.cache_clear()
+    monkeypatch.setattr(console, "verbose", True)
+    for steps in (2, 8, 8):
+        chosen(steps)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "engine: plain, float32, 2 steps (fewer than 4 steps a call)"
+    assert said[1].startswith("engine: compiled, float32, 8 steps (library kernels")
+    assert "KiB an image" in said[1]
+    assert len(said) == 2
+
+
+def test_precision_is_set_inside_and_restored() -> None:
+    def state() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")
+
+    before, cpu = state(), torch.device("cpu")
+    for precision, expected in (
+        ("float32", (False, False)),
+        ("tf32", (True, False)),
+        ("bfloat16", (True, True)),
+    ):
+        with arithmetic(precision, cpu):
+            assert state() == expected
+        with tensor_cores(precision):
+            assert state() == (expected[0], False)
+    assert state() == before
