@@ -41,7 +41,7 @@ def bytes_per_image(energy: ConvEnergy, precision: Precision) -> int:
     for conv in cast(list[nn.Conv2d], energy.layers[:-1:2]):
         side = side // conv.stride[0]
         sizes.append(conv.out_channels * side**2)
-    return (sum(sizes) + 4 * max(sizes)) * (2 if precision == "bfloat16" else 4)
+    return (sum(sizes) + 5 * max(sizes)) * (2 if precision == "bfloat16" else 4)
 
 
 class _Call(NamedTuple):

@@ -17,7 +17,7 @@ from defense.energy import ConvEnergy, SmoothLeakyReLU
 
 Map = Callable[[Tensor], Tensor]
 
-PRODUCT_CHANNELS = 256  # from here on transposed convolutions are matrix products on a CPU
+VECTOR_BYTES = 64  # of a CPU; narrower transposed convolutions are computed by blocks
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 
@@ -108,22 +108,20 @@ def _first_layer(conv: nn.Conv2d, inputs: list[int], dtype: torch.dtype) -> tupl
     )
 
 
-def _by_products(weight: Tensor, t: int) -> Map:
-    """The transpose as a matrix product and a sum of its 4x4 contributions: see `_transposed`.
+def _by_blocks(weight: Tensor, parts: int, t: int) -> Map:
+    """The transpose as a 2x2 convolution to blocks of 2x2 pixels: see `_transposed`.
 
-    The rows and columns -1 to 2T + 1 of the image are summed, and cropped by the caller.
+    It computes the rows and columns -1 to 2T of the image; the caller crops.
     """
     k, c = weight.shape[:2]
-    product = _linear(weight.permute(2, 3, 1, 0).reshape(16 * c, k), None)
+    # Row a of block i is row 2i - 1 + a; g[i - 1 + u] enters by kernel row 2(1 - u) + a.
+    taps = weight.reshape(k, c, 2, 2, 2, 2).flip(2, 4)
+    taps = taps.permute(3, 5, 1, 0, 2, 4).reshape(4 * c, k, 2, 2)
+    blocks = _convolution(taps, None, 1, [parts, k, t, t])
 
     def whole(g: Tensor) -> Tensor:
-        terms = product(g.reshape(-1, k)).view(-1, t, t, 4, 4, c).transpose(2, 3)
-        total = terms.new_zeros(len(g), t + 1, 2, t + 1, 2, c)
-        for a in range(2):
-            for b in range(2):
-                term = terms[:, :, 2 * a : 2 * a + 2, :, 2 * b : 2 * b + 2]
-                total[:, a : a + t, :, b : b + t] += term
-        return total.view(-1, 2 * t + 2, 2 * t + 2, c)
+        pixels = blocks(g).view(-1, t + 1, t + 1, 2, 2, c).transpose(2, 3)
+        return pixels.reshape(-1, 2 * t + 2, 2 * t + 2, c)
 
     return whole
 
@@ -131,14 +129,14 @@ def _by_products(weight: Tensor, t: int) -> Map:
 def _transposed(weight: Tensor, parts: int, s: int) -> Map:
     """The transpose of a 4x4 convolution of stride 2, (N,T,T,K) -> (N,S,S,C), T = S // 2.
 
-    On a CPU with many channels a matrix product is faster than the library's kernel.
+    On a CPU the library's kernel is slow where the channels of a pixel fit one vector.
     """
-    t = s // 2
+    t, c = s // 2, weight.shape[1]
     if weight.is_cuda or not torch.backends.mkldnn.is_available():
         laid = weight.contiguous(memory_format=torch.channels_last)
         transpose: Map = lambda g: F.conv_transpose2d(g, laid, None, 2, 1, s - 2 * t)  # noqa: E731
-    elif weight.shape[0] >= PRODUCT_CHANNELS:
-        whole = _by_products(weight, t)
+    elif c * weight.element_size() <= VECTOR_BYTES:
+        whole = _by_blocks(weight, parts, t)
         return lambda g: whole(g)[:, 1 : s + 1, 1 : s + 1]
     else:
         rest: tuple[Any, ...] = ([1, 1], [s - 2 * t] * 2, [2, 2], [1, 1], 1)

@@ -52,9 +52,9 @@ def jobs(device: str) -> list[Job]:
             Job("langevin", device, 15, 10),
             Job("langevin", device, 150, 10),
             Job("langevin", device, 200, 60, side=8, channels=1, width=16),
-            Job("ebm_update", device, 100, 10),
+            Job("ebm_update", device, 100, 100),
             Job("ebm_update", device, 100, 4, side=8, channels=1, width=16),
-            Job("attack_step", device, 150, 20),
+            Job("attack_step", device, 150, 60),
             Job("classifier_step", device, 100),
         ]
     full = {"depth": 28, "widening": 10}

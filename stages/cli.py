@@ -302,7 +302,7 @@ def bench(
     out: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for numbers, table and plot.")
     ] = Path("reports/bench"),
-    rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 11,
+    rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 7,
     device: Device = None,
 ) -> None:
     """Time chains, training and attack against a plain torch loop and the machine's limits."""

@@ -22,7 +22,7 @@ from defense.written_gradient import WrittenGradient, slope_of
 
 TWENTY = LangevinConfig(steps=20, tau=0.01)
 
-# Every way through the network: one matrix, 2x2 blocks, products (64 channels), odd sides.
+# Every way through the network: one matrix, 2x2 blocks (8 channels), the library, odd sides.
 SHAPES = {
     "digits": {"image_size": 8, "channels": 1, "width": 8},
     "paper": {"image_size": 32, "channels": 3, "width": 16},
@@ -56,8 +56,8 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.fixture(autouse=True)
-def matrix_products_in_small_nets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_gradient, "PRODUCT_CHANNELS", 64)
+def both_transposes_in_small_nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_gradient, "VECTOR_BYTES", 32)
 
 
 @contextmanager
@@ -400,7 +400,7 @@ def test_the_stated_memory_is_enough_and_not_much_more(
         with LiveBytes() as memory:
             gradient(x)
     stated = 50 * bytes_per_image(energy, precision)
-    assert 0.5 * stated < memory.peak < stated
+    assert 0.4 * stated < memory.peak < stated
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
