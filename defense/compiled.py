@@ -59,7 +59,7 @@ class _Call(NamedTuple):
         """Langevin steps with the weights as they are. This is what a CUDA graph records."""
         x, most = self.x, min(self.piece, len(self.x))
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        gradient = WrittenGradient(self.energy, [most, *x.shape[1:]], dtype)
+        gradient = WrittenGradient(self.energy, [most, *x.shape[1:]], dtype, steps)
         for _ in range(steps):
             noise = torch.randn(x.shape, generator=self.generator, device=x.device)
             energies = x.new_empty(len(x)) if self.log else None

@@ -17,6 +17,7 @@ from defense.energy import ConvEnergy, SmoothLeakyReLU
 
 Map = Callable[[Tensor], Tensor]
 
+MATRIX_STEPS = 8  # from so many a first layer on tiny images is worth making into a matrix
 VECTOR_BYTES = 64  # of a CPU; narrower transposed convolutions are computed by blocks
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
@@ -75,16 +76,19 @@ def _convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[
     return lambda h: convolve(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
-def _first_layer(conv: nn.Conv2d, inputs: list[int], dtype: torch.dtype) -> tuple[Map, Map]:
+def _first_layer(
+    conv: nn.Conv2d, inputs: list[int], dtype: torch.dtype, steps: int
+) -> tuple[Map, Map]:
     """The 3x3 convolution and its transpose, images (N,C,S,S) -> (N,S,S,width) and back.
 
-    A tiny image is multiplied by the whole layer as one matrix. Else the transpose computes blocks
-    of 2x2 pixels as one 4x4 convolution of stride 2 to 4C channels: few channels are slow.
+    For many steps a tiny image is multiplied by the whole layer as one matrix. Else the transpose
+    computes blocks of 2x2 pixels as one 4x4 convolution of stride 2 to 4C channels: few channels
+    are slow.
     """
     weight, bias = conv.weight.detach(), cast(Tensor, conv.bias).detach().to(dtype)
     _, c, s, _ = inputs
     width = conv.out_channels
-    if c * s * s <= 64 and not weight.is_cuda:
+    if steps >= MATRIX_STEPS and c * s * s <= 64 and not weight.is_cuda:
         pixels = torch.eye(c * s * s).view(-1, c, s, s)
         matrix = F.conv2d(pixels, weight, None, 1, 1).permute(0, 2, 3, 1).flatten(1).to(dtype)
         rows, columns = _linear(matrix.t(), bias.repeat(s * s)), _linear(matrix, None)
@@ -151,14 +155,17 @@ def _transposed(weight: Tensor, parts: int, s: int) -> Map:
 class WrittenGradient:
     """df/dx of a `ConvEnergy` with the weights that it has now, computed in ``dtype``.
 
-    ``inputs`` is the largest shape (N,C,S,S) that it will be given.
+    ``inputs`` is the largest shape (N,C,S,S) that it will be given; ``steps`` how often it will be
+    asked, for what is worth preparing.
     """
 
-    def __init__(self, energy: ConvEnergy, inputs: list[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, energy: ConvEnergy, inputs: list[int], dtype: torch.dtype, steps: int
+    ) -> None:
         first, activation, *rest = energy.layers
         self.dtype = dtype
         self.slope = slope_of(activation)
-        self.layers = [_first_layer(cast(nn.Conv2d, first), inputs, dtype)]
+        self.layers = [_first_layer(cast(nn.Conv2d, first), inputs, dtype, steps)]
         parts, _, s, _ = inputs
         for conv in cast(list[nn.Conv2d], rest[:-1:2]):
             weight, bias = (

@@ -181,3 +181,42 @@ def two_models(compared: dict[str, Tensor]) -> Figure:
         for row, i in enumerate(picks):
             _show(axes[2 * row + column], samples[i], f"{title}, K={steps[i]}")
     return figure
+
+
+ENGINES = {
+    "usual float32": GREY,
+    "backward float32": "#999999",
+    "plain float32": "#CC79A7",
+    "compiled float32": BLUE,
+    "compiled tf32": GREEN,
+    "compiled bfloat16": ORANGE,
+}
+
+
+def speed(rows: pd.DataFrame) -> Figure:
+    """Bars of the speed-up and of the fraction of the machine's convolution rate."""
+    figure = Figure(figsize=(8.0, 0.75 + 0.17 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    place, ticks, labels = 0.0, [], []
+    for (task, image, batch), group in rows.groupby(["task", "image", "batch"], sort=False):
+        places = [place + i for i in range(len(group))]
+        names = group["engine"] + " " + group["precision"]
+        colours = [ENGINES[name] for name in names]
+        quartiles = np.array(group["ms_quartiles"].tolist())
+        speedup, baseline = group["speedup"].to_numpy(), group["baseline_ms"].to_numpy()
+        slow, fast = baseline / quartiles[:, 1], baseline / quartiles[:, 0]
+        spread = np.array([speedup - slow, fast - speedup]).clip(0)
+        left.barh(places, speedup, xerr=spread, color=colours, error_kw={"lw": 0.8})
+        right.barh(places, 100 * group["limit_fraction"], color=colours)
+        ticks.append(place + (len(group) - 1) / 2)
+        labels.append(f"{task}\n{image}, batch {batch}")
+        place += len(group) + 1
+    left.set(xlabel="times as fast as the usual loop (bars: quartiles of its own time)")
+    left.axvline(1, color="k", lw=0.8)
+    right.set(xlabel="% of the machine's convolution rate in that precision")
+    left.set_yticks(ticks, labels)
+    left.invert_yaxis()
+    shown = [name for name in ENGINES if (rows["engine"] + " " + rows["precision"] == name).any()]
+    handles = [left.barh(0, 0, color=ENGINES[name], label=name) for name in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(shown))
+    return figure

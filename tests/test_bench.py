@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from defense.langevin import LangevinConfig, langevin
-from stages import bench, bench_report
+from stages import bench
 from stages.bench_jobs import TAU, Job, backward_chain, ours, usual, usual_chain
 from tests.tiny import command
 
@@ -101,7 +101,7 @@ def test_fraction_of_the_limit_is_useful_operations_over_the_convolution_rate(
 
 def test_table_and_picture_come_from_the_json(result: Path, tmp_path: Path) -> None:
     values = json.loads((result / "cpu.json").read_text())
-    bench_report.write(values, tmp_path, "cpu")
+    bench.write(values, tmp_path, "cpu")
     for name in ("cpu.md", "cpu.png", "cpu.svg"):
         assert (tmp_path / name).read_bytes() == (result / name).read_bytes()
     assert len((result / "cpu.md").read_text().split("| compiled ")) == 2 * len(TASKS) + 1

@@ -91,6 +91,14 @@ def test_twenty_steps_agree_with_the_plain_chain(shape: str, activation: str, th
     assert actual.is_contiguous()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_few_steps_are_prepared_otherwise_and_agree_as_well(shape: str) -> None:
+    energy, x, few = make_energy(shape, "silu"), make_images(shape), LangevinConfig(4, 0.01)
+    expected = langevin(energy, x, few, generator=seeded())
+    actual = CompiledLangevin()(energy, x, few, generator=seeded())
+    assert relative_difference(actual, expected) < 1e-5
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_without_the_cpu_library(
@@ -99,7 +107,7 @@ def test_gradient_without_the_cpu_library(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     energy, x = make_energy(shape, activation), make_images(shape)
     with torch.inference_mode():
-        actual = WrittenGradient(energy, list(x.shape), torch.float32)(x)
+        actual = WrittenGradient(energy, list(x.shape), torch.float32, 20)(x)
     assert relative_difference(actual, energy_and_gradient(energy, x)[1]) < 1e-5
 
 
@@ -395,7 +403,7 @@ def test_the_stated_memory_is_enough_and_not_much_more(
     energy, x = make_energy(shape, activation), make_images(shape, count=50)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with torch.no_grad():
-        gradient = WrittenGradient(energy, list(x.shape), dtype)
+        gradient = WrittenGradient(energy, list(x.shape), dtype, 20)
         gradient(x)
         with LiveBytes() as memory:
             gradient(x)

@@ -26,7 +26,7 @@ HOMES = {
     "typer": {"stages/cli.py"},
     "pydantic": {"stages/params.py"},
     "rich": {"stages/console.py", "stages/tables.py"},
-    "pandas": {"stages/rows.py", "stages/tables.py", "stages/figures.py"},
+    "pandas": {"stages/bench.py", "stages/figures.py", "stages/rows.py", "stages/tables.py"},
     "matplotlib": {"stages/figures.py"},
     "safetensors": {"stages/artifacts.py"},
     "torchvision": {"stages/prepare_data.py"},
