@@ -185,7 +185,9 @@ def two_models(compared: dict[str, Tensor]) -> Figure:
 
 ENGINES = {
     "usual float32": GREY,
+    "usual tf32": GREY,
     "backward float32": "#999999",
+    "backward tf32": "#999999",
     "plain float32": "#CC79A7",
     "compiled float32": BLUE,
     "compiled tf32": GREEN,
