@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from stages import StageError, console, presets
+from stages import StageError, Stopped, console, presets
 from stages.console import say
 from stages.files import Paths, reports, write_text
 from stages.params import Params, load_params
-from stages.resume import Stopped
 
 app = typer.Typer(
     help="Secure a trained image classifier with long-run Langevin sampling, and measure how "

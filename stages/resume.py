@@ -14,16 +14,12 @@ from typing import Self
 
 from torch import Tensor
 
-from stages import StageError
+from stages import StageError, Stopped
 from stages.artifacts import load_tensors, save_tensors
 from stages.console import say
 from stages.files import require
 from stages.hardware import Hardware
 from stages.params import Params
-
-
-class Stopped(Exception):  # noqa: N818 - a request, not an error
-    """The user or the system asked the stage to stop; what was done is kept."""
 
 
 class Scratch:

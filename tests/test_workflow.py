@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +169,8 @@ def test_every_parameter_is_read_by_some_stage() -> None:
 
 def test_params_yaml_is_the_digits_preset() -> None:
     assert (ROOT / "params.yaml").read_text() == presets.text("digits")
+
+
+def test_help_and_the_check_of_parameters_do_not_wait_for_torch() -> None:
+    code = "import sys, stages.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
