@@ -126,7 +126,7 @@ class ClassifierTrainer:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on as if it had never stopped."""
+        """All that a resumed run needs to go on as if it had never stopped; on a GPU up to rounding."""
         return {
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -27,7 +27,7 @@ SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, for the activations of one piece
 
 
 def padded_batch(count: int) -> int:
-    """The batch of a CUDA graph for ``count`` images: few sizes, at most a quarter larger."""
+    """The batch of a CUDA graph: few sizes; from 64 images on at most a quarter larger."""
     grain = max(16, 1 << max(0, count.bit_length() - 3))
     return -(-count // grain) * grain
 
@@ -62,8 +62,7 @@ class _Call(NamedTuple):
         gradient = WrittenGradient(self.energy, [most, *x.shape[1:]], dtype, steps)
         for _ in range(steps):
             noise = torch.randn(x.shape, generator=self.generator, device=x.device)
-            energies = x.new_empty(len(x)) if self.log else None
-            norms = x.new_empty(len(x)) if self.log else None
+            energies, norms = x.new_empty(2, len(x)) if self.log is not None else (None, None)
             for first in range(0, len(x), most):
                 part = slice(first, first + most)
                 g = gradient(x[part], None if energies is None else energies[part])
@@ -76,12 +75,20 @@ class _Call(NamedTuple):
 
 
 class _Graphs:
-    """CUDA graphs of one step and of `GRAPH_STEPS`, over static weights, states and noise."""
+    """CUDA graphs of one step and of `GRAPH_STEPS`, over static weights, states and noise.
 
-    def __init__(self, call: _Call) -> None:
+    All graphs of one ``pool`` share its memory: none is read from after another one's replay.
+    """
+
+    def __init__(self, call: _Call, pool: Any) -> None:
         x = call.x.new_zeros(padded_batch(len(call.x)), *call.x.shape[1:])
         energy = copy.deepcopy(call.energy)
-        self.call = call._replace(energy=energy, x=x, generator=Generator(x.device))
+        torch.cuda.empty_cache()  # what torch keeps for later counts as free
+        piece = images_at_once(energy, call.precision, x.device)
+        self.logged = call.log is not None
+        self.call = call._replace(
+            energy=energy, x=x, generator=Generator(x.device), log=None, piece=piece
+        )
         aside = torch.cuda.Stream(x.device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -92,18 +99,18 @@ class _Graphs:
         for steps in (1, GRAPH_STEPS):
             self.graphs[steps] = torch.cuda.CUDAGraph()
             self.graphs[steps].register_generator_state(self.call.generator)
-            with torch.cuda.graph(self.graphs[steps]):
+            with torch.cuda.graph(self.graphs[steps], pool=pool):
                 self.logs[steps] = self._advance(steps)
 
     def _advance(self, steps: int) -> ChainLog | None:
         """What a graph records: the weights as they are at its replay, re-laid, then the steps."""
-        log = ChainLog() if self.call.log else None
+        log = ChainLog() if self.logged else None
         with tensor_cores(self.call.precision):
             self.call._replace(log=log).advance(steps)
         return log
 
-    def run(self, call: _Call) -> None:
-        """Advance ``call.x`` with the noise of ``call.generator``, which moves on as if used."""
+    def run(self, call: _Call) -> Tensor:
+        """The end of a chain from ``call.x``; its generator moves on as if used."""
         for static, current in zip(
             self.call.energy.parameters(), call.energy.parameters(), strict=True
         ):
@@ -111,7 +118,8 @@ class _Graphs:
         own = cast(Generator, self.call.generator)
         theirs = call.generator or torch.cuda.default_generators[call.x.get_device()]
         own.set_state(theirs.get_state())
-        state = self.call.x[: len(call.x)]
+        count = len(call.x)
+        state = self.call.x[:count]
         state.copy_(call.x)
         done = 0
         while done < call.config.steps:
@@ -120,12 +128,10 @@ class _Graphs:
             done += steps
             if call.log is not None:
                 written = cast(ChainLog, self.logs[steps])
-                call.log.energies += [row[: len(call.x)].clone() for row in written.energies]
-                call.log.gradient_norms += [
-                    row[: len(call.x)].clone() for row in written.gradient_norms
-                ]
+                call.log.energies += [row[:count].clone() for row in written.energies]
+                call.log.gradient_norms += [row[:count].clone() for row in written.gradient_norms]
         theirs.set_state(own.get_state())
-        call.x.copy_(state)
+        return state.clone()
 
 
 @cache
@@ -154,17 +160,19 @@ class CompiledLangevin:
     """`langevin` for a `ConvEnergy` on a CPU or a CUDA device, in float32 or with less precision.
 
     State and noise are float32 always; ``precision`` is that of the energy's gradient, and tf32
-    differs from float32 on CUDA only. On a CPU the noise is the plain chain's; on CUDA it is the
-    plain chain's for a batch of `padded_batch` images. Copies and pickles of an instance leave its
-    CUDA graphs behind.
+    differs from float32 on CUDA only. On a CPU the noise is the plain chain's, and the same seed
+    gives the same bits; on CUDA it is the plain chain's for a batch of `padded_batch` images, and
+    results repeat up to rounding, since kernels are chosen by timing. Copies and pickles of an
+    instance leave its CUDA graphs behind.
     """
 
     def __init__(self, *, precision: Precision = "float32") -> None:
         self.precision: Precision = check_precision(precision)
         self._graphs: dict[object, _Graphs] = {}
+        self._pool: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": {}}
+        return {**self.__dict__, "_graphs": {}, "_pool": None}
 
     def __call__(
         self,
@@ -184,22 +192,27 @@ class CompiledLangevin:
         x = x.detach()
         if config.steps == 0 or len(x) == 0:
             return x
-        x = x.clone(memory_format=torch.contiguous_format)
-        piece = images_at_once(energy, self.precision, x.device)
-        call = _Call(energy, x, config, generator, log, self.precision, piece)
-        with torch.no_grad():
-            if x.is_cuda:
-                self._run_graphs(call)
-            else:
-                _keep_freed_memory(os.getpid())
-                call.advance(config.steps)
-        return x
+        call = _Call(energy, x, config, generator, log, self.precision, len(x))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return self._replay(call) if x.is_cuda else _run(call)
 
-    def _run_graphs(self, call: _Call) -> None:
+    def _replay(self, call: _Call) -> Tensor:
+        """On CUDA: graphs for this energy, batch and step size, recorded at their first use."""
         shape = (padded_batch(len(call.x)), *call.x.shape[1:])
         logged = call.log is not None
         key = (str(call.energy), shape, call.x.device, call.config.tau, logged)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(call.x.device):
             if key not in self._graphs:
-                self._graphs[key] = _Graphs(call)
-            self._graphs[key].run(call)
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                self._graphs[key] = _Graphs(call, self._pool)
+            return self._graphs[key].run(call)
+
+
+def _run(call: _Call) -> Tensor:
+    """On a CPU: step by step."""
+    _keep_freed_memory(os.getpid())
+    x = call.x.clone(memory_format=torch.contiguous_format)
+    call._replace(x=x, piece=images_at_once(call.energy, call.precision, x.device)).advance(
+        call.config.steps
+    )
+    return x

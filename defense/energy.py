@@ -19,6 +19,9 @@ class SmoothLeakyReLU(nn.Module):
         self.negative_slope = negative_slope
         self.softness = softness
 
+    def extra_repr(self) -> str:
+        return f"negative_slope={self.negative_slope}, softness={self.softness}"
+
     def forward(self, x: Tensor) -> Tensor:
         s, e = self.negative_slope, self.softness
         return 0.5 * (1.0 + s) * x + 0.5 * (1.0 - s) * ((x * x + e).sqrt() - math.sqrt(e))

@@ -18,13 +18,17 @@ def check_precision(precision: Precision) -> Precision:
 
 @contextmanager
 def tensor_cores(precision: Precision) -> Iterator[None]:
-    """Inside, CUDA convolves float32 tensors as float32, unless ``precision`` allows less.
+    """Inside, CUDA convolves float32 tensors as float32, unless ``precision`` allows tf32.
 
-    torch's own default is tf32. On a CPU there is no difference.
+    torch's own default is tf32. Kernels are chosen by timing them. On a CPU nothing differs.
     """
-    allow = precision != "float32"
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allow):
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = precision != "float32", True
+    try:
         yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
 
 
 @contextmanager

@@ -56,9 +56,16 @@ def slope_of(activation: nn.Module) -> Slope:
     raise ValueError(f"activation: expected one with a written-out slope, got {activation}")
 
 
+def _uses_onednn(weight: Tensor) -> bool:
+    """On a CPU whose library there is, and has kernels for the weight's type."""
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype != torch.bfloat16 or bool(mkldnn._is_mkldnn_bf16_supported())
+
+
 def _linear(weight: Tensor, bias: Tensor | None) -> Map:
     """Rows (M,in) -> (M,out); on a CPU by oneDNN, whose layout of the weight is made here, once."""
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+    if not _uses_onednn(weight):
         return lambda rows: F.linear(rows, weight, bias)
     packed = mkldnn._reorder_linear_weight(weight.contiguous())
     return lambda rows: cast(Tensor, mkldnn._linear_pointwise(rows, packed, bias, "none", [], ""))
@@ -67,7 +74,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Map:
 def _convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[int]) -> Map:
     """(N,S,S,in) -> (N,T,T,out) with padding 1; ``inputs`` is the usual (N,in,S,S)."""
     weight = weight.contiguous(memory_format=torch.channels_last)
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+    if not _uses_onednn(weight):
         convolve: Map = lambda x: F.conv2d(x, weight, bias, stride, 1)  # noqa: E731
     else:
         packed = mkldnn._reorder_convolution_weight(weight, 1, stride, 1, 1, inputs)
@@ -136,7 +143,7 @@ def _transposed(weight: Tensor, parts: int, s: int) -> Map:
     On a CPU the library's kernel is slow where the channels of a pixel fit one vector.
     """
     t, c = s // 2, weight.shape[1]
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
+    if not _uses_onednn(weight):
         laid = weight.contiguous(memory_format=torch.channels_last)
         transpose: Map = lambda g: F.conv_transpose2d(g, laid, None, 2, 1, s - 2 * t)  # noqa: E731
     elif c * weight.element_size() <= VECTOR_BYTES:

@@ -25,10 +25,11 @@ from defense.ebm_training import EBMTrainConfig, EBMTrainer
 from defense.energy import ConvEnergy
 from defense.eot import EOTDefense
 from defense.inference import freeze
-from defense.langevin import Chain, LangevinConfig, langevin
+from defense.langevin import LangevinConfig
 from defense.precision import Precision
 from defense.rng import make_generator
 from defense.threat import ThreatModel
+from stages.engine import plain_chain
 
 Work = Callable[[], object]
 
@@ -52,9 +53,9 @@ class Job:
     depth: int = 16  # of the classifier
     widening: int = 2
 
-    def generator(self, device: str = "") -> torch.Generator:
+    def generator(self) -> torch.Generator:
         """Its own stream."""
-        return make_generator(0, self.task, device=torch.device(device or self.device))
+        return make_generator(0, self.task, device=torch.device(self.device))
 
     def energy(self) -> ConvEnergy:
         """With its initial weights: speed does not depend on them."""
@@ -179,7 +180,7 @@ def usual(job: Job, *, backward: bool = False) -> Work:
 def ours(job: Job, engine: str, precision: Precision) -> Work:
     """The job with the plain or the compiled chain, in a precision."""
     torch.manual_seed(0)
-    chain: Chain = langevin if engine == "plain" else CompiledLangevin(precision=precision)
+    chain = plain_chain(precision) if engine == "plain" else CompiledLangevin(precision=precision)
     config, generator = LangevinConfig(job.steps, TAU), job.generator()
     x, labels = job.pixels(max(job.batch, BANK)), job.labels(max(job.batch, BANK))
 
@@ -215,8 +216,8 @@ def ours(job: Job, engine: str, precision: Precision) -> Work:
         warm_up=0.3,
         momentum=0.9,
         weight_decay=RATE,
-        crop=4,
-        flip=True,
+        crop=0,
+        flip=False,
         precision=precision,
     )
     trainer = ClassifierTrainer(job.classifier(), x, labels, schedule, generator=generator)

@@ -21,7 +21,7 @@ def new_classifier(params: Params, dataset: str) -> WideResNet:
 
 
 def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path) -> WideResNet:
-    """The trained classifier, frozen, on the device; channels last is twice as fast or more."""
+    """The trained classifier, frozen, on the device; channels last is faster."""
     model = new_classifier(params, dataset)
     load_weights(path, model, f"`stochsec train-classifier {dataset}`")
     model.to(memory_format=torch.channels_last)

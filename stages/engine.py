@@ -27,7 +27,7 @@ def choose_chain(energy: ConvEnergy, steps: int, precision: Precision, hardware:
     if name == "plain" or (name == "auto" and short):
         why = "asked for" if name == "plain" else f"fewer than {SHORT} steps a call"
         _say_once(f"engine: plain, {precision}, {steps} steps ({why})")
-        return _plain(precision)
+        return plain_chain(precision)
     kib = bytes_per_image(energy, precision) / 1024
     at_once = images_at_once(energy, precision, hardware.device)
     how = "CUDA graphs" if device == "cuda" else "library kernels, weights laid out once a call"
@@ -45,7 +45,9 @@ def _compiled(precision: Precision) -> CompiledLangevin:
 
 
 @cache
-def _plain(precision: Precision) -> Chain:
+def plain_chain(precision: Precision) -> Chain:
+    """The reference, on CUDA in the float32 or tf32 that was asked for."""
+
     def chain(
         energy: EnergyFn,
         x: Tensor,

@@ -32,13 +32,19 @@ class Hardware:
             raise StageError(f"STOCHSEC_MAX_CHAINS: expected a number >= 1, got {chains!r}")
         return cls(chosen, int(chains))
 
+    def classifier_precision(self) -> str:
+        """Of a trained classifier's convolutions: torch's default."""
+        tf32 = self.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        return "tf32" if tf32 else "float32"
+
     def conditions(self) -> dict[str, object]:
-        """What a record repeats bit for bit on; stated in every record."""
+        """What a record repeats on, bit for bit on a CPU; stated in every record."""
         return {
             "device": self.device.type,
             "max_chains": self.max_chains,
             "threads": torch.get_num_threads(),
             "engine": engine_name(),
+            "classifier": self.classifier_precision(),
             "torch": torch.__version__,
         }
 

@@ -74,6 +74,6 @@ def worth_compiling(config: ClassifierTrainConfig, images: int, device: torch.de
     """Whether the training is long enough; on a CPU it never is: measured, a tenth is gained."""
     batches = config.epochs * -(-images // config.batch)
     worth = device.type == "cuda" and batches >= COMPILED_BATCHES
-    how = "torch.compile" if worth else "not compiled"
+    how = "torch.compile (TORCH_COMPILE_DISABLE=1 turns it off)" if worth else "not compiled"
     detail(f"engine: classifier in {config.precision}, channels last, {how} ({batches} batches)")
     return worth

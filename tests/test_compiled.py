@@ -229,6 +229,25 @@ def test_bfloat16_keeps_a_float32_state_and_the_mean_step(shape: str) -> None:
     assert abs(error.mean()) < 2e-2 * step.abs().mean()
 
 
+def test_an_older_cpu_computes_bfloat16_without_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    energy, x = make_energy("paper", "silu"), make_images("paper", count=4)
+    chain, one = CompiledLangevin(precision="bfloat16"), LangevinConfig(steps=1, tau=0.0)
+    with_it = chain(energy, x, one, generator=seeded())
+    monkeypatch.setattr(written_gradient, "_uses_onednn", lambda w: w.dtype != torch.bfloat16)
+    without = chain(energy, x, one, generator=seeded())
+    assert (without - with_it).norm() / (with_it - x).norm() < 2e-2
+
+
+@pytest.mark.parametrize("shape", ["digits", "paper"])
+def test_a_callers_autocast_does_not_reach_the_chain(shape: str) -> None:
+    energy, x, chain = make_energy(shape), make_images(shape), CompiledLangevin()
+    expected = chain(energy, x, TWENTY, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chain(energy, x, TWENTY, generator=seeded()), expected)
+
+
 def test_tf32_is_float32_on_a_cpu() -> None:
     energy, x = make_energy(), make_images()
     expected = CompiledLangevin()(energy, x, TWENTY, generator=seeded())
@@ -298,7 +317,8 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA path on CPU tensors, with everything of CUDA's replaced."""
 
     @contextmanager
-    def record(graph: FakeGraph) -> Iterator[None]:
+    def record(graph: FakeGraph, pool: object) -> Iterator[None]:
+        assert pool == "the pool"
         FakeGraph.recording = graph
         yield
         FakeGraph.recording = None
@@ -316,16 +336,17 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(compiled, "images_at_once", lambda *about: 6)
     monkeypatch.setattr(compiled, "GRAPH_STEPS", 5)
 
 
 def run_graphs(
     chain: CompiledLangevin, energy: ConvEnergy, x: Tensor, steps: int, **options: Any
 ) -> Tensor:
-    x = x.clone()
     config, options = LangevinConfig(steps, 0.01), {"log": None, **options}
-    chain._run_graphs(compiled._Call(energy, x, config, precision="float32", piece=6, **options))
-    return x
+    call = compiled._Call(energy, x, config, precision="float32", piece=len(x), **options)
+    return chain._replay(call)
 
 
 def test_graph_path_pads_splits_and_moves_the_generator_on(fake_graphs: None) -> None:
@@ -344,6 +365,16 @@ def test_graph_path_pads_splits_and_moves_the_generator_on(fake_graphs: None) ->
     (graphs,) = chain._graphs.values()
     assert {steps: graph.replays for steps, graph in graphs.graphs.items()} == {1: 6, 5: 4}
     assert copy.deepcopy(chain)._graphs == {}
+
+
+def test_graph_path_works_in_inference_mode(fake_graphs: None) -> None:
+    energy, x, chain = make_energy(activation="silu"), make_images(count=13), CompiledLangevin()
+    expected = run_graphs(chain, energy, x, 8, generator=seeded())
+    with torch.inference_mode():
+        inputs = x.clone()
+        actual = run_graphs(chain, energy, inputs, 8, generator=seeded())
+    assert torch.equal(actual, expected)
+    assert torch.equal(inputs, x)
 
 
 def test_graph_path_logs_every_step_of_the_images_that_were_asked_for(fake_graphs: None) -> None:
