@@ -126,7 +126,7 @@ class ClassifierTrainer:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if it had never stopped; on a GPU up to rounding."""
+        """All that a resumed run needs to go on as if never stopped; on a GPU up to rounding."""
         return {
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -106,7 +106,7 @@ class EBMTrainer:
         return UpdateStats(energy_gap.detach(), log.mean_gradient_norm())
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if it had never stopped; on a GPU up to rounding."""
+        """All that a resumed run needs to go on as if never stopped; on a GPU up to rounding."""
         return {
             "energy": self.energy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
