@@ -1,14 +1,18 @@
 """`stochsec bench`: both sides do the same work, and the numbers are what they claim."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from defense.compiled import CompiledLangevin
 from defense.langevin import LangevinConfig, langevin
-from stages import bench
+from stages import bench, bench_jobs
 from stages.bench_jobs import TAU, Job, backward_chain, ours, usual, usual_chain
 from tests.tiny import command
 
@@ -63,8 +67,8 @@ def result(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "jobs", lambda device: [small(task) for task in TASKS])
-        patch.setattr(bench, "CONVOLUTIONS", ((8, 8),))
-        patch.setattr(bench, "PRODUCTS", (32,))
+        patch.setattr(bench, "CONVOLUTIONS", ((16, 16),))
+        patch.setattr(bench, "PRODUCTS", (256,))
         out = command(f"bench --rounds 2 --device cpu --out {folder} --json {folder}/copy.json")
     assert out.exit_code == 0, out.output
     return folder
@@ -114,3 +118,83 @@ def test_a_dead_process_of_the_usual_loop_is_said(monkeypatch, tmp_path: Path) -
     assert out.exit_code == 2
     assert "the process of the usual loop ended" in out.output
     assert not list(tmp_path.iterdir())
+
+
+def test_operations_of_training_and_attack() -> None:
+    train, attack, chain = small("classifier_step"), small("attack_step"), small("langevin")
+    with FlopCounterMode(display=False) as counter:
+        train.classifier()(train.pixels(train.batch))
+    forward = counter.get_total_flops()
+    assert attack.flops() - chain.flops() == 2 * forward
+    assert 2.5 * forward < train.flops() < 3 * forward
+
+
+def test_rows_and_limits_by_hand() -> None:
+    job, million = small("langevin"), 10**6
+    sides = [("usual", "float32"), ("backward", "float32"), ("compiled", "bfloat16")]
+    entries = [bench.Entry("langevin", job, engine, p, lambda: 0.0) for engine, p in sides]
+    for flops, precision in ((8, "float32"), (2, "float32"), (32, "bfloat16")):
+        task = f"conv {flops * million}"
+        entries.append(bench.Entry(task, None, "", precision, lambda: 0.0))
+    times = [[8.0, 6.0, 70.0], [16.0] * 3, [2.0] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3]
+    limits = bench.limits_of(entries, times)
+    assert [limit["conv_gflops"] for limit in limits] == [8.0, 32.0]
+    rows = bench.rows_of(entries, times, limits)
+    assert [row["baseline_ms"] for row in rows] == [8.0] * 3
+    assert [row["speedup"] for row in rows] == [1.0, 0.5, 4.0]
+    low, high = rows[0]["ms_quartiles"]
+    assert low < rows[0]["ms"] == 8.0 < high
+    assert rows[2]["limit_fraction"] == pytest.approx(job.flops() / 2e6 / 32, abs=1e-3)
+
+
+def test_the_first_round_warms_up(monkeypatch) -> None:
+    clock = iter([100.0, 1.0, 2.0])
+    entry = bench.Entry("langevin", small("langevin"), "usual", "float32", lambda: next(clock))
+    monkeypatch.setattr(bench, "entries_on", lambda device, users: [entry])
+    assert bench.timings("cpu", 2)[1] == [[1.0, 2.0]]
+
+
+def test_every_usual_job_has_a_process_that_is_told_which_loop(monkeypatch) -> None:
+    started = MagicMock()
+    monkeypatch.setattr(bench.subprocess, "Popen", started)
+    monkeypatch.setattr(bench, "jobs", lambda device: [small("langevin")])
+    monkeypatch.setattr(bench, "CONVOLUTIONS", ())
+    monkeypatch.setattr(bench, "PRODUCTS", ())
+    with ExitStack() as users:
+        bench.entries_on("cpu", users)
+    asked = [json.loads(call.args[0][-1]) for call in started.call_args_list]
+    assert [backward for _, backward in asked] == [False, True]
+
+
+@pytest.mark.parametrize(("backward", "name"), [(False, "usual_chain"), (True, "backward_chain")])
+def test_the_usual_side_runs_the_loop_it_was_told(monkeypatch, backward: bool, name: str) -> None:
+    called = MagicMock()
+    monkeypatch.setattr(bench_jobs, name, called)
+    usual(small("langevin"), backward=backward)()
+    called.assert_called_once()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_the_machines_rates_count_what_they_run(monkeypatch, precision, dtype) -> None:
+    monkeypatch.setattr(bench, "CONVOLUTIONS", ((8, 8),))
+    monkeypatch.setattr(bench, "PRODUCTS", (32,))
+    for task, work in bench.machine_work("cpu", precision):
+        with FlopCounterMode(display=False) as counter:
+            assert work().dtype == dtype
+        assert counter.get_total_flops() == int(task.split()[1])
+
+
+@pytest.mark.parametrize("task", TASKS[:3])
+def test_our_side_runs_the_fast_chain_in_the_precision(task: str, monkeypatch) -> None:
+    ran = []
+
+    class Spy(CompiledLangevin):
+        def __call__(self, *args, **options):
+            ran.append(self.precision)
+            return super().__call__(*args, **options)
+
+    monkeypatch.setattr(bench_jobs, "CompiledLangevin", Spy)
+    ours(small(task), "compiled", "bfloat16")()
+    assert ran == ["bfloat16"]

@@ -276,3 +276,17 @@ def test_an_epoch_sees_every_image_once_in_a_new_order(seeded) -> None:
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(11))
     assert orders[0] != orders[1]
     assert loss == pytest.approx(0.6931472)
+
+
+def test_momentum_and_weight_decay_reach_the_optimizer(make_trainer) -> None:
+    (group,) = make_trainer(make_config()).optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
+
+
+def test_an_epoch_updates_the_batch_statistics_of_a_network_at_rest(make_trainer) -> None:
+    trainer = make_trainer(make_config())
+    state = trainer.classifier.eval().state_dict()
+    before = {name: v.clone() for name, v in state.items() if name.endswith("running_mean")}
+    trainer.epoch()
+    after = trainer.classifier.state_dict()
+    assert not any(torch.equal(after[name], value) for name, value in before.items())

@@ -4,70 +4,34 @@ import copy
 import pickle
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from defense import compiled, written_gradient
 from defense.compiled import CompiledLangevin, bytes_per_image, images_at_once, padded_batch
-from defense.energy import ACTIVATIONS, ConvEnergy
+from defense.energy import ACTIVATIONS
 from defense.langevin import ChainLog, LangevinConfig, energy_and_gradient, langevin
 from defense.precision import Precision
 from defense.written_gradient import WrittenGradient, slope_of
-
-TWENTY = LangevinConfig(steps=20, tau=0.01)
-
-# Every way through the network: one matrix, 2x2 blocks (8 channels), the library, odd sides.
-SHAPES = {
-    "digits": {"image_size": 8, "channels": 1, "width": 8},
-    "paper": {"image_size": 32, "channels": 3, "width": 16},
-    "odd": {"image_size": 15, "channels": 2, "width": 8},
-    "none_strided": {"image_size": 4, "channels": 3, "width": 8},
-}
-
-
-def make_energy(shape: str = "digits", activation: str = "leaky_relu", seed: int = 1) -> ConvEnergy:
-    """An energy with weights large enough that twenty steps move the images visibly."""
-    torch.manual_seed(seed)
-    energy = ConvEnergy(**SHAPES[shape], activation=activation)
-    with torch.no_grad():
-        for parameter in energy.parameters():
-            parameter.mul_(2.0)
-    return energy
-
-
-def make_images(shape: str = "digits", count: int = 7) -> Tensor:
-    size, channels = SHAPES[shape]["image_size"], SHAPES[shape]["channels"]
-    generator = Generator().manual_seed(2)
-    return torch.rand(count, channels, size, size, generator=generator) * 2 - 1
-
-
-def seeded() -> Generator:
-    return Generator().manual_seed(3)
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
+from tests.chains import (
+    SHAPES,
+    TWENTY,
+    assert_same_log,
+    make_energy,
+    make_images,
+    relative_difference,
+    seeded,
+    torch_threads,
+)
 
 
 @pytest.fixture(autouse=True)
 def both_transposes_in_small_nets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(written_gradient, "VECTOR_BYTES", 32)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -123,13 +87,6 @@ def test_pieces_do_not_change_the_noise(monkeypatch: pytest.MonkeyPatch) -> None
     assert relative_difference(actual, expected) < 1e-5
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
     assert_same_log(logs[1], logs[0])
-
-
-def assert_same_log(actual: ChainLog, expected: ChainLog) -> None:
-    for rows in ("energies", "gradient_norms"):
-        ours, theirs = torch.stack(getattr(actual, rows)), torch.stack(getattr(expected, rows))
-        assert ours.shape == theirs.shape
-        assert relative_difference(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -284,111 +241,6 @@ def test_padded_batches_are_few_and_at_most_a_quarter_larger() -> None:
     assert padded_batch(1) == 16
 
 
-class FakeGraph:
-    """A CUDA graph for machines without: replaying it runs again what was recorded."""
-
-    recording: "FakeGraph | None" = None
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, int, ChainLog | None]] = []
-        self.replays = 0
-
-    def register_generator_state(self, generator: Generator) -> None:
-        self.generator = generator
-
-    def replay(self) -> None:
-        self.replays += 1
-        for graphs, steps, log in self.calls:
-            assert graphs.call.generator is self.generator
-            again = ADVANCE(graphs, steps)
-            for static, rows in zip(rows_of(log), rows_of(again), strict=True):
-                static.copy_(rows)
-
-
-def rows_of(log: ChainLog | None) -> list[Tensor]:
-    return [] if log is None else log.energies + log.gradient_norms
-
-
-ADVANCE = compiled._Graphs._advance
-
-
-@pytest.fixture
-def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA path on CPU tensors, with everything of CUDA's replaced."""
-
-    @contextmanager
-    def record(graph: FakeGraph, pool: object) -> Iterator[None]:
-        assert pool == "the pool"
-        FakeGraph.recording = graph
-        yield
-        FakeGraph.recording = None
-
-    def advance(graphs: compiled._Graphs, steps: int) -> ChainLog | None:
-        log = ADVANCE(graphs, steps)
-        if FakeGraph.recording is not None:
-            FakeGraph.recording.calls.append((graphs, steps, log))
-        return log
-
-    monkeypatch.setattr(compiled._Graphs, "_advance", advance)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
-    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
-    monkeypatch.setattr(compiled, "images_at_once", lambda *about: 6)
-    monkeypatch.setattr(compiled, "GRAPH_STEPS", 5)
-
-
-def run_graphs(
-    chain: CompiledLangevin, energy: ConvEnergy, x: Tensor, steps: int, **options: Any
-) -> Tensor:
-    config, options = LangevinConfig(steps, 0.01), {"log": None, **options}
-    call = compiled._Call(energy, x, config, precision="float32", piece=len(x), **options)
-    return chain._replay(call)
-
-
-def test_graph_path_pads_splits_and_moves_the_generator_on(fake_graphs: None) -> None:
-    energy, x, chain = make_energy(activation="silu"), make_images(count=13), CompiledLangevin()
-    padding = torch.zeros(3, 1, 8, 8)
-    mine, reference = seeded(), seeded()
-    for _ in range(2):
-        actual = run_graphs(chain, energy, x, 13, generator=mine)
-        padded = torch.cat([x, padding])
-        expected = langevin(energy, padded, LangevinConfig(13, 0.01), generator=reference)
-        assert relative_difference(actual, expected[:13]) < 1e-5
-        assert torch.equal(mine.get_state(), reference.get_state())
-        with torch.no_grad():
-            for parameter in energy.parameters():
-                parameter.mul_(0.9)
-    (graphs,) = chain._graphs.values()
-    assert {steps: graph.replays for steps, graph in graphs.graphs.items()} == {1: 6, 5: 4}
-    assert copy.deepcopy(chain)._graphs == {}
-
-
-def test_graph_path_works_in_inference_mode(fake_graphs: None) -> None:
-    energy, x, chain = make_energy(activation="silu"), make_images(count=13), CompiledLangevin()
-    expected = run_graphs(chain, energy, x, 8, generator=seeded())
-    with torch.inference_mode():
-        inputs = x.clone()
-        actual = run_graphs(chain, energy, inputs, 8, generator=seeded())
-    assert torch.equal(actual, expected)
-    assert torch.equal(inputs, x)
-
-
-def test_graph_path_logs_every_step_of_the_images_that_were_asked_for(fake_graphs: None) -> None:
-    energy, x, chain = make_energy(activation="silu"), make_images(count=13), CompiledLangevin()
-    logs = ChainLog(), ChainLog()
-    padded = torch.cat([x, torch.zeros(3, 1, 8, 8)])
-    langevin(energy, padded, LangevinConfig(8, 0.01), generator=seeded(), log=logs[0])
-    expected = ChainLog(*([row[:13] for row in rows] for rows in vars(logs[0]).values()))
-    unlogged = run_graphs(chain, energy, x, 8, generator=seeded())
-    assert torch.equal(run_graphs(chain, energy, x, 8, generator=seeded(), log=logs[1]), unlogged)
-    assert_same_log(logs[1], expected)
-    assert len(chain._graphs) == 2
-
-
 def test_what_fits_a_gpus_memory_goes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     energy = make_energy("paper")
     need = bytes_per_image(energy, "float32")
@@ -442,16 +294,43 @@ def test_the_stated_memory_is_enough_and_not_much_more(
     assert 0.4 * stated < memory.peak < stated
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graphs_agree_with_the_plain_chain() -> None:
-    energy, x = make_energy("paper", "silu").cuda(), make_images("paper", count=16).cuda()
-    chain, config = CompiledLangevin(), LangevinConfig(steps=53, tau=0.01)
-    generators = [Generator("cuda").manual_seed(3) for _ in range(2)]
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for _ in range(2):
-            expected = langevin(energy, x, config, generator=generators[0])
-            actual = chain(energy, x, config, generator=generators[1])
-            assert relative_difference(actual, expected) < 1e-4
-            with torch.no_grad():
-                energy.layers[0].weight.mul_(1.1)
-    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_last_piece_of_one_image_moves_too(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "CACHED_VALUES", 0)
+    monkeypatch.setattr(compiled, "SMALLEST_SHARE", 3)
+    energy, x = make_energy(activation="silu"), make_images(count=count)
+    expected = langevin(energy, x, TWENTY, generator=seeded())
+    actual = CompiledLangevin()(energy, x, TWENTY, generator=seeded())
+    assert relative_difference(actual, expected) < 1e-5
+
+
+def test_a_piece_grows_with_the_threads() -> None:
+    energy, cpu, shares = make_energy(), torch.device("cpu"), []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            shares.append(images_at_once(energy, "float32", cpu))
+    assert shares[1] == 2 * shares[0]
+
+
+@pytest.mark.parametrize(("steps", "products"), [(4, 0), (20, 2)])
+def test_a_matrix_is_made_only_for_many_steps(
+    steps: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    linear = written_gradient._linear
+    monkeypatch.setattr(
+        written_gradient, "_linear", lambda *about: made.append(1) or linear(*about)
+    )
+    WrittenGradient(make_energy(), [7, 1, 8, 8], torch.float32, steps)
+    assert len(made) == products
+
+
+def test_the_log_of_a_bfloat16_chain_is_float32_and_close() -> None:
+    energy, x = make_energy(activation="silu"), make_images(count=16)
+    logs, one = (ChainLog(), ChainLog()), LangevinConfig(steps=1, tau=0.01)
+    langevin(energy, x, one, generator=seeded(), log=logs[0])
+    CompiledLangevin(precision="bfloat16")(energy, x, one, generator=seeded(), log=logs[1])
+    for rows in ("energies", "gradient_norms"):
+        (exact,), (low,) = (getattr(log, rows) for log in logs)
+        assert low.dtype == torch.float32
+        assert 0 < relative_difference(low, exact) < 2e-2

@@ -182,3 +182,15 @@ def test_bfloat16_changes_the_update_a_little_and_leaves_the_weights_float32(mak
         assert moves[-1].dtype == torch.float32
     exact, low = moves
     assert 1e-5 < (low - exact).norm() / exact.norm() < 0.05
+
+
+def test_the_gap_of_a_bfloat16_update_is_float32(make_trainer) -> None:
+    stats = make_trainer(make_config(precision="bfloat16")).update()
+    assert stats.energy_gap.dtype == torch.float32
+
+
+def test_configurations_that_cannot_train_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"langevin\.tau: expected > 0, got 0"):
+        EBMTrainConfig("adam", 1e-3, 4, 0.1, LangevinConfig(3, 0.0), "float32")
+    with pytest.raises(ValueError, match="batch: expected >= 1, got 0"):
+        EBMTrainConfig("adam", 1e-3, 0, 0.1, LangevinConfig(3, 0.1), "float32")

@@ -5,7 +5,7 @@ import torch
 
 from defense.compiled import CompiledLangevin
 from defense.energy import ConvEnergy
-from defense.langevin import Chain, LangevinConfig, langevin
+from defense.langevin import Chain, ChainLog, LangevinConfig, langevin
 from defense.precision import arithmetic, tensor_cores
 from stages import StageError, console, engine
 from stages.hardware import Hardware
@@ -92,3 +92,19 @@ def test_precision_is_set_inside_and_restored() -> None:
         with tensor_cores(precision):
             assert state() == (expected[0], False)
     assert state() == before
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_the_fast_chain_has_the_precision(precision: str) -> None:
+    energy = ConvEnergy(image_size=8, channels=1, width=4)
+    assert engine.choose_chain(energy, 10, precision, CPU).precision == precision
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("float32", False), ("tf32", True)])
+def test_the_plain_chain_has_the_precision_and_the_log(quadratic, precision, allowed) -> None:
+    seen, energy, log = set(), quadratic(0.1), ChainLog()
+    energy.register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.allow_tf32))
+    chain = engine.plain_chain(precision)
+    chain(energy, torch.zeros(2, 1, 2, 2), LangevinConfig(3, 0.1), generator=None, log=log)
+    assert seen == {allowed}
+    assert len(log.energies) == 3

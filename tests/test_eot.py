@@ -226,11 +226,23 @@ def test_the_classifiers_pieces_change_nothing(make_defense, images, monkeypatch
     torch.testing.assert_close(again, gradient)
 
 
-def test_a_single_piece_is_not_classified_again_on_the_way_back(make_defense, images) -> None:
-    defended, calls = make_defense(replicas=3), []
-    defended.classifier.register_forward_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize(("most", "calls"), [(15, 1), (4, 8)])
+def test_only_several_pieces_are_classified_again_on_the_way_back(
+    make_defense, images, monkeypatch, most: int, calls: int
+) -> None:
+    monkeypatch.setattr(defense.eot, "CLASSIFIER_PIXELS", most * 8 * 8)
+    defended, made = make_defense(replicas=3), []
+    defended.classifier.register_forward_pre_hook(lambda *_: made.append(1))
     loss_gradient(defended, images, torch.tensor([0, 1, 2, 0, 1]))
-    assert len(calls) == 1
+    assert len(made) == calls
+
+
+@pytest.mark.parametrize(("pixels", "sizes"), [(4 * 64, [4, 2]), (1, [1] * 6)])
+def test_a_piece_is_measured_in_pixels(brightness, quadratic, monkeypatch, pixels, sizes) -> None:
+    monkeypatch.setattr(defense.eot, "CLASSIFIER_PIXELS", pixels)
+    defended = EOTDefense(brightness(0.5), quadratic(0.1), TWO_STEPS, replicas=2)
+    defended(torch.rand(3, 3, 8, 8))
+    assert defended.classifier.batch_sizes == sizes
 
 
 def test_a_batch_of_one_works(make_defense, images) -> None:

@@ -139,3 +139,12 @@ def test_a_preset_does_not_overwrite_your_own_values(tmp_path: Path) -> None:
     assert "1501" in path.read_text()
     assert CliRunner().invoke(app, [*words, "--force"]).exit_code == 0
     assert path.read_text() == presets.text("digits")
+
+
+def test_conditions_of_a_defense_state_its_chain() -> None:
+    params = validate_params(yaml.safe_load(presets.text("digits")), Path("digits"))
+    K, short = params.langevin.K, params.langevin.K_short  # noqa: N806
+    for attack, steps in (("transfer_K_short", short), ("transfer_K", K), ("bpda_eot", K)):
+        stated = params.conditions(attack)
+        assert (stated["K"], stated["precision"]) == (steps, params.langevin.precision)
+    assert not {"K", "precision"} & params.conditions("pgd").keys()
