@@ -1,5 +1,6 @@
 """Images, weights, training states and records on disk."""
 
+import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -65,8 +66,12 @@ def save_images(path: Path, train: Images, test: Images) -> None:
         for split, part in (("train", train), ("test", test))
         for field in fields(Images)
     }
-    with Whole(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
+    # numpy's own np.savez leaves what the archive's headers say to the version of Python.
+    with Whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for name, array in arrays.items():
+            file = io.BytesIO()
+            np.save(file, array)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), file.getvalue())
 
 
 def load_images(path: Path, split: str, section: Dataset, count: int | None = None) -> Images:
