@@ -2,11 +2,9 @@
 
 from functools import cache
 
-from torch import Generator, Tensor
-
 from defense.compiled import CompiledLangevin, bytes_per_image, images_at_once
 from defense.energy import ConvEnergy
-from defense.langevin import Chain, ChainLog, EnergyFn, LangevinConfig, langevin
+from defense.langevin import Chain, langevin
 from defense.precision import Precision, tensor_cores
 from stages import StageError
 from stages.console import detail
@@ -47,19 +45,7 @@ def _compiled(precision: Precision) -> CompiledLangevin:
 @cache
 def plain_chain(precision: Precision) -> Chain:
     """The reference, on CUDA in the float32 or tf32 that was asked for."""
-
-    def chain(
-        energy: EnergyFn,
-        x: Tensor,
-        config: LangevinConfig,
-        *,
-        generator: Generator | None,
-        log: ChainLog | None = None,
-    ) -> Tensor:
-        with tensor_cores(precision):
-            return langevin(energy, x, config, generator=generator, log=log)
-
-    return chain
+    return tensor_cores(precision)(langevin)
 
 
 @cache
