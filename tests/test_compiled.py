@@ -334,3 +334,9 @@ def test_the_log_of_a_bfloat16_chain_is_float32_and_close() -> None:
         (exact,), (low,) = (getattr(log, rows) for log in logs)
         assert low.dtype == torch.float32
         assert 0 < relative_difference(low, exact) < 2e-2
+
+
+def test_the_last_layer_of_logged_energies_is_not_rounded() -> None:
+    energy = make_energy()
+    row = WrittenGradient(energy, [7, 1, 8, 8], torch.bfloat16, 1).last_row
+    assert torch.equal(row, energy.layers[-1].weight.detach().permute(0, 2, 3, 1).flatten())
