@@ -45,7 +45,7 @@ def bytes_per_image(energy: ConvEnergy, precision: Precision) -> int:
 
 
 class _Call(NamedTuple):
-    """One call of the chain; x is its working copy, advanced in place, ``piece`` images at once."""
+    """One call of the chain; x is its working copy, advanced in place."""
 
     energy: ConvEnergy
     x: Tensor
@@ -53,11 +53,13 @@ class _Call(NamedTuple):
     generator: Generator | None
     log: ChainLog | None
     precision: Precision
-    piece: int
 
-    def advance(self, steps: int) -> None:
-        """Langevin steps with the weights as they are. This is what a CUDA graph records."""
-        x, most = self.x, min(self.piece, len(self.x))
+    def advance(self, steps: int, most: int) -> None:
+        """Langevin steps with the weights as they are, gradients of ``most`` images at once.
+
+        This is what a CUDA graph records.
+        """
+        x, most = self.x, min(most, len(self.x))
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         gradient = WrittenGradient(self.energy, [most, *x.shape[1:]], dtype, steps)
         for _ in range(steps):
@@ -84,11 +86,9 @@ class _Graphs:
         x = call.x.new_zeros(padded_batch(len(call.x)), *call.x.shape[1:])
         energy = copy.deepcopy(call.energy)
         torch.cuda.empty_cache()  # what torch keeps for later counts as free
-        piece = images_at_once(energy, call.precision, x.device)
+        self.most = images_at_once(energy, call.precision, x.device)
         self.logged = call.log is not None
-        self.call = call._replace(
-            energy=energy, x=x, generator=Generator(x.device), log=None, piece=piece
-        )
+        self.call = call._replace(energy=energy, x=x, generator=Generator(x.device), log=None)
         aside = torch.cuda.Stream(x.device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -106,7 +106,7 @@ class _Graphs:
         """What a graph records: the weights as they are at its replay, re-laid, then the steps."""
         log = ChainLog() if self.logged else None
         with tensor_cores(self.call.precision):
-            self.call._replace(log=log).advance(steps)
+            self.call._replace(log=log).advance(steps, self.most)
         return log
 
     def run(self, call: _Call) -> Tensor:
@@ -192,7 +192,7 @@ class CompiledLangevin:
         x = x.detach()
         if config.steps == 0 or len(x) == 0:
             return x
-        call = _Call(energy, x, config, generator, log, self.precision, len(x))
+        call = _Call(energy, x, config, generator, log, self.precision)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return self._replay(call) if x.is_cuda else _run(call)
 
@@ -212,7 +212,6 @@ def _run(call: _Call) -> Tensor:
     """On a CPU: step by step."""
     _keep_freed_memory(os.getpid())
     x = call.x.clone(memory_format=torch.contiguous_format)
-    call._replace(x=x, piece=images_at_once(call.energy, call.precision, x.device)).advance(
-        call.config.steps
-    )
+    most = images_at_once(call.energy, call.precision, x.device)
+    call._replace(x=x).advance(call.config.steps, most)
     return x

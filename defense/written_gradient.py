@@ -175,10 +175,8 @@ class WrittenGradient:
         self.layers = [_first_layer(cast(nn.Conv2d, first), inputs, dtype, steps)]
         parts, _, s, _ = inputs
         for conv in cast(list[nn.Conv2d], rest[:-1:2]):
-            weight, bias = (
-                conv.weight.detach().to(dtype),
-                cast(Tensor, conv.bias).detach().to(dtype),
-            )
+            weight = conv.weight.detach().to(dtype)
+            bias = cast(Tensor, conv.bias).detach().to(dtype)
             forward = _convolution(weight, bias, 2, [parts, conv.in_channels, s, s])
             self.layers.append((forward, _transposed(weight, parts, s)))
             s //= 2

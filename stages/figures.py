@@ -183,7 +183,7 @@ def two_models(compared: dict[str, Tensor]) -> Figure:
     return figure
 
 
-ENGINES = {
+ENGINE_COLOURS = {
     "usual float32": GREY,
     "usual tf32": GREY,
     "backward float32": "#999999",
@@ -203,7 +203,7 @@ def speed(rows: pd.DataFrame) -> Figure:
     for (task, image, batch), group in rows.groupby(["task", "image", "batch"], sort=False):
         places = [place + i for i in range(len(group))]
         names = group["engine"] + " " + group["precision"]
-        colours = [ENGINES[name] for name in names]
+        colours = [ENGINE_COLOURS[name] for name in names]
         quartiles = np.array(group["ms_quartiles"].tolist())
         speedup, baseline = group["speedup"].to_numpy(), group["baseline_ms"].to_numpy()
         slow, fast = baseline / quartiles[:, 1], baseline / quartiles[:, 0]
@@ -218,7 +218,9 @@ def speed(rows: pd.DataFrame) -> Figure:
     right.set(xlabel="% of the machine's convolution rate in that precision")
     left.set_yticks(ticks, labels)
     left.invert_yaxis()
-    shown = [name for name in ENGINES if (rows["engine"] + " " + rows["precision"] == name).any()]
-    handles = [left.barh(0, 0, color=ENGINES[name], label=name) for name in shown]
+    shown = [
+        name for name in ENGINE_COLOURS if (rows["engine"] + " " + rows["precision"] == name).any()
+    ]
+    handles = [left.barh(0, 0, color=ENGINE_COLOURS[name], label=name) for name in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(shown))
     return figure

@@ -86,7 +86,7 @@ def run_graphs(
     log: ChainLog | None = None,
 ) -> Tensor:
     config = LangevinConfig(steps, tau)
-    call = compiled._Call(energy, x, config, generator, log, chain.precision, piece=len(x))
+    call = compiled._Call(energy, x, config, generator, log, chain.precision)
     return chain._replay(call)
 
 
@@ -158,9 +158,9 @@ def test_graphs_are_recorded_in_the_precision(
 ) -> None:
     seen, advance = set(), compiled._Call.advance
 
-    def spy(call: compiled._Call, steps: int) -> None:
+    def spy(call: compiled._Call, steps: int, most: int) -> None:
         seen.add(torch.backends.cudnn.allow_tf32)
-        advance(call, steps)
+        advance(call, steps, most)
 
     monkeypatch.setattr(compiled._Call, "advance", spy)
     chain = CompiledLangevin(precision=precision)

@@ -1,13 +1,15 @@
 """params.yaml: presets are complete, and a wrong value is one line that says what is allowed."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from defense.precision import Precision
 from stages import StageError, presets
+from stages import params as params_module
 from stages.cli import app
 from stages.params import load_params, validate_params
 
@@ -148,3 +150,7 @@ def test_conditions_of_a_defense_state_its_chain() -> None:
         stated = params.conditions(attack)
         assert (stated["K"], stated["precision"]) == (steps, params.langevin.precision)
     assert not {"K", "precision"} & params.conditions("pgd").keys()
+
+
+def test_the_precisions_are_those_of_the_library() -> None:
+    assert get_args(params_module.Precision) == get_args(Precision)
