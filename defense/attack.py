@@ -1,32 +1,44 @@
 """The attack on a stochastic defense: Algorithm 1 of Hill et al. (2021), one loop for every attack.
 
-| attack                    | surrogate (gradients)      | target (truth)        |
-|---------------------------|----------------------------|-----------------------|
-| BPDA+EOT (Algorithm 1)    | defense, H_adv replicas    | defense, H_def        |
-| PGD on the bare classifier| classifier                 | classifier            |
-| transfer                  | (images of the PGD above)  | defense, H_def        |
+| attack                     | surrogate (losses, gradients) | target (truth)  | rule        |
+|----------------------------|-------------------------------|-----------------|-------------|
+| BPDA+EOT (Algorithm 1)     | defense, H_adv, identity      | defense, H_def  | PGD         |
+| PGD+EOT through the chain  | defense, H_adv, exact         | defense, H_def  | PGD or APGD |
+| the same, corners rounded  | defense, H_adv, smoothed      | defense, H_def  | PGD or APGD |
+| gradient-free              | defense, H_adv                | defense, H_def  | Square      |
+| controls                   | defense, H_adv                | defense, H_def  | noise       |
+| PGD on the bare classifier | classifier                    | classifier      | PGD         |
+| transfer                   | (images of the PGD above)     | defense, H_def  |             |
+
+`defense.plain_attack` is Algorithm 1 without what makes this loop fast.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from defense.losses import LOSSES, Loss, cross_entropy, margin
+from defense.step_rules import RuleName, make_rule
 from defense.threat import ThreatModel
+from defense.verdict import Sequential, classes_of, is_right, replica_logits, wrong
 
 NEVER = -1
 """``broken_at`` of an image that no iterate broke."""
 
+SEQUENTIAL = Sequential(error=1e-3)
+
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """N = ``steps`` updates of length ``step_255`` / 255 (alpha), from ``restarts`` random starts.
+    """N = ``steps`` updates of length ``step_255`` / 255 (alpha), from ``restarts`` starts.
 
     ``stop_at_break`` ends the work on an image at its first verified break (Algorithm 1). Without
-    it every image, right or wrong when clean, goes through all steps and restarts, and its iterate
-    with the largest margin is kept: the strongest image to hand on to another model.
+    it every image, right or wrong when clean, goes through all steps and restarts. ``rule`` says
+    where to look next (only "pgd" uses ``step_255``), ``loss`` what is to grow. With
+    ``verify_early`` the target stops at clear verdicts, by the ``sequential`` test.
     """
 
     threat: ThreatModel
@@ -34,6 +46,10 @@ class AttackConfig:
     step_255: float
     restarts: int = 1
     stop_at_break: bool = True
+    rule: RuleName = "pgd"
+    loss: Literal["cross_entropy", "margin", "dlr"] = "cross_entropy"
+    sequential: Sequential = SEQUENTIAL
+    verify_early: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -42,17 +58,28 @@ class AttackConfig:
             raise ValueError(f"step_255: expected >= 0, got {self.step_255}")
         if self.restarts < 1:
             raise ValueError(f"restarts: expected >= 1, got {self.restarts}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {list(LOSSES)}, got {self.loss!r}")
+        make_rule(self.rule, self.threat, self.steps, self.step_255, Generator())
 
 
 @dataclass(frozen=True)
 class AttackRecord:
-    """What an attack found on B images; accuracy and its curve over steps follow from it alone."""
+    """What an attack found on B images; every accuracy and the curve over steps follow from it."""
 
-    adversarial: Tensor  # (B,C,H,W) pixels: the breaking iterate, else the last or strongest one
-    clean_logits: Tensor  # (B, classes) target on the clean image
+    adversarial: Tensor  # (B,C,H,W) pixels: the breaking iterate, else that of the largest margin
+    clean_logits: Tensor  # (B, classes) target on the clean image, mean over R replicas
+    clean_classes: Tensor  # (B,R) int16: what each of these replicas says by itself
     adversarial_logits: Tensor  # (B, classes) target on ``adversarial``, drawn afresh
+    adversarial_classes: Tensor  # (B,R) int16
     broken_at: Tensor  # (B,) int64: updates before the first verified break, or NEVER
     restart: Tensor  # (B,) int64: the restart that broke it, or NEVER
+    losses: Tensor  # (B,3) the surrogate's at the start, the largest, the last; NaN: not attacked
+    flat_steps: Tensor  # (B,) int64: steps at which the gradient was zero everywhere
+    verified: Tensor  # (B,2) int64: suspects that the target judged, replicas that this took
+    early: Tensor  # (B,2) int64: replicas that the sequential test needs for ``adversarial``, and
+    # whether it then says what all of them say (1) or not (0)
+    through_chain: Tensor  # (B,) bool: the chain changed a gradient that went back through it
 
     def clean_correct(self, labels: Tensor) -> Tensor:
         """(B,) bool: the target is right about the clean image (the first check of Algorithm 1)."""
@@ -69,29 +96,31 @@ class AttackRecord:
         return self.clean_correct(labels) & ~broken
 
 
-def is_right(logits: Tensor, y: Tensor) -> Tensor:
-    """(B,) bool: the prediction is y. Logits that are not finite are never right."""
-    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+def ask(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, *, gradient: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradient of the loss in x (B,C,H,W) or None, the loss (B,) and the logits (B, classes).
 
-
-def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the cross-entropy in x, (B,C,H,W), and the model's logits (B, classes).
-
-    For an `EOTDefense` this is equation (10) times a positive constant: the loss of the mean
-    logits, its gradient averaged over the purified replicas and applied to the image.
+    For an `EOTDefense` in mode identity the gradient is equation (10) times a positive constant:
+    the loss of the mean logits, its gradient averaged over the replicas and applied to the image.
     """
+    if not gradient:
+        with torch.no_grad():
+            logits = model(x)
+        return None, loss(logits, y), logits
     with torch.inference_mode(False), torch.enable_grad():
         x, y = x.clone().detach().requires_grad_(True), y.clone()
         logits = model(x)
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)
-    return gradient, logits.detach()
+        losses = loss(logits, y)
+        (slope,) = torch.autograd.grad(losses.sum(), x)
+    return slope, losses.detach(), logits.detach()
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Best wrong logit minus the right one, (B,): positive where the prediction is wrong."""
-    right = logits.gather(1, y[:, None]).squeeze(1)
-    wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return wrong - right
+def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the cross-entropy in x, (B,C,H,W), and the model's logits (B, classes)."""
+    gradient, _, logits = ask(model, x, y, cross_entropy, gradient=True)
+    assert gradient is not None
+    return gradient, logits
 
 
 @torch.no_grad()
@@ -107,63 +136,125 @@ def run_attack(
 ) -> AttackRecord:
     """Attack images x (B,C,H,W) in [0, 1] with labels y (B,); Hill et al. (2021), Algorithm 1.
 
-    The surrogate gives gradients and points out suspects; only the target can declare a break, all
-    suspects of a step in one batch. A break is final. N updates make N + 1 iterates, the random
-    start and the last one included, and each is judged. Both models own their noise; ``generator``
-    draws the random starts; ``on_step`` is told after every step how many images are still robust.
+    The surrogate gives losses and gradients and points out suspects; only the target can declare a
+    break, all suspects of a step in one batch. A break is final. N updates make N + 1 iterates,
+    the random start and the last one included, and each is judged. Both models own their noise;
+    ``generator`` draws what the rule leaves to chance; ``on_step`` is told after every step how
+    many images are still robust.
     """
-    clean_logits = target(x)
-    adversarial = x.clone()
-    broken_at = torch.full_like(y, NEVER)
-    broken_in = torch.full_like(y, NEVER)
+    clean = replica_logits(target, x)
+    right = is_right(clean.mean(0), y)
+    adversarial, loss = x.clone(), LOSSES[config.loss]
+    broken_at, broken_in = torch.full_like(y, NEVER), torch.full_like(y, NEVER)
     best_margin = torch.full_like(x[:, 0, 0, 0], -torch.inf)
-    right = is_right(clean_logits, y)
+    seen = torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device)
+    flat_steps, verified = torch.zeros_like(y), y.new_zeros(len(y), 2)
 
     for restart in range(config.restarts):
+        rule = make_rule(config.rule, config.threat, config.steps, config.step_255, generator)
         unbroken = right & (broken_at == NEVER)
         attacked = unbroken if config.stop_at_break else torch.ones_like(unbroken)
         active = attacked.nonzero().flatten()
-        x_adv = config.threat.random_point(x[active], generator=generator)
+        x_adv = rule.start(x[active])
         for step in range(config.steps + 1):
             if len(active) == 0:
                 break
-            gradient, logits = loss_gradient(surrogate, x_adv, y[active])
+            labels = y[active]
+            gradient, losses, logits = ask(
+                surrogate, x_adv, labels, loss, gradient=rule.asks_gradient
+            )
 
-            # Keep what a later reader should see of each image: the last iterate, or the strongest.
-            margins = margin(logits, y[active]).to(x.dtype)
-            kept = slice(None) if config.stop_at_break else margins > best_margin[active]
-            adversarial[active[kept]] = x_adv[kept]
-            best_margin[active[kept]] = margins[kept]
+            # What a later reader wants to know: the strongest iterate, the losses, dead gradients.
+            margins = margin(logits, labels).to(x.dtype)
+            stronger = margins > best_margin[active]
+            adversarial[active[stronger]] = x_adv[stronger]
+            best_margin[active[stronger]] = margins[stronger]
+            _remember(seen, active, losses.to(x.dtype))
+            if gradient is not None:
+                flat_steps[active] += (gradient.flatten(1) == 0).all(1)
 
             # Suspects of the small sample are struck only if the large sample agrees.
-            suspects = ~is_right(logits, y[active]) & (broken_at[active] == NEVER)
+            suspects = ~is_right(logits, labels) & (broken_at[active] == NEVER)
             struck = torch.zeros_like(suspects)
             if suspects.any():
-                struck[suspects] = ~is_right(target(x_adv[suspects]), y[active[suspects]])
+                early = config.sequential if config.verify_early else None
+                verdict, spent = wrong(target, x_adv[suspects], labels[suspects], early)
+                struck[suspects] = verdict
+                verified[active[suspects], 0] += 1
+                verified[active[suspects], 1] += spent
             broken_at[active[struck]] = step
             broken_in[active[struck]] = restart
-
-            x_adv = config.threat.ascend(x_adv, gradient, config.step_255)
-            x_adv = config.threat.project(x_adv, x[active])
             if config.stop_at_break:
+                adversarial[active[struck]] = x_adv[struck]
+
+            x_adv = rule.next(x_adv, losses, gradient)
+            if config.stop_at_break and struck.any():
                 active, x_adv = active[~struck], x_adv[~struck]
+                rule.keep(~struck)
             if on_step is not None:
                 on_step(int((right & (broken_at == NEVER)).sum()))
 
-    return AttackRecord(adversarial, clean_logits, target(adversarial), broken_at, broken_in)
+    moved = bool(getattr(surrogate, "chain_moved_gradient", False))
+    return AttackRecord(
+        **_judged(target, adversarial, y, clean, config.sequential),
+        broken_at=broken_at,
+        restart=broken_in,
+        losses=seen,
+        flat_steps=flat_steps,
+        verified=verified,
+        through_chain=torch.full_like(right, moved),
+    )
+
+
+def _judged(
+    target: nn.Module, adversarial: Tensor, y: Tensor, clean: Tensor, sequential: Sequential
+) -> dict[str, Tensor]:
+    """What a record says of the target: clean replicas (R,B,classes) and fresh ones."""
+    afresh = replica_logits(target, adversarial)
+    verdict, replicas = sequential.replayed(afresh, y)
+    agrees = verdict == ~is_right(afresh.mean(0), y)
+    return {
+        "adversarial": adversarial,
+        "clean_logits": clean.mean(0),
+        "clean_classes": classes_of(clean),
+        "adversarial_logits": afresh.mean(0),
+        "adversarial_classes": classes_of(afresh),
+        "early": torch.stack([replicas, agrees.to(replicas.dtype)], dim=1),
+    }
+
+
+def _remember(seen: Tensor, active: Tensor, losses: Tensor) -> None:
+    """First, largest and last loss of each active image, into the rows of ``seen`` (B,3)."""
+    first, largest, _ = seen[active].unbind(1)
+    first = torch.where(first.isnan(), losses, first)
+    seen[active] = torch.stack([first, torch.fmax(largest, losses), losses], dim=1)
 
 
 @torch.no_grad()
 def run_transfer(
-    target: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, steps: int
+    target: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    *,
+    steps: int,
+    sequential: Sequential = SEQUENTIAL,
 ) -> AttackRecord:
     """Judge images made elsewhere: x and x_adv (B,C,H,W) in [0, 1], labels y (B,).
 
     ``steps`` is what it took to make them; a broken image is recorded at that step.
     """
-    clean_logits, adversarial_logits = target(x), target(x_adv)
-    broken = is_right(clean_logits, y) & ~is_right(adversarial_logits, y)
-    broken_at = torch.where(broken, steps, NEVER)
+    judged = _judged(target, x_adv, y, replica_logits(target, x), sequential)
+    right, right_afresh = (
+        is_right(judged[name], y) for name in ("clean_logits", "adversarial_logits")
+    )
+    broken = right & ~right_afresh
     return AttackRecord(
-        x_adv, clean_logits, adversarial_logits, broken_at, torch.where(broken, 0, NEVER)
+        **judged,
+        broken_at=torch.where(broken, steps, NEVER),
+        restart=torch.where(broken, 0, NEVER),
+        losses=torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device),
+        flat_steps=torch.zeros_like(y),
+        verified=y.new_zeros(len(y), 2),
+        through_chain=torch.zeros_like(broken),
     )

@@ -38,6 +38,12 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth: expected 6 n + 4 with n >= 1, got {depth}")
+        self.architecture = {
+            "depth": depth,
+            "width": width,
+            "classes": classes,
+            "channels": channels,
+        }
         planes = [16, 16 * width, 32 * width, 64 * width]
         self.stem = nn.Conv2d(channels, planes[0], 3, padding=1)
         blocks: list[nn.Module] = []

@@ -53,6 +53,7 @@ class _Call(NamedTuple):
     generator: Generator | None
     log: ChainLog | None
     precision: Precision
+    states: list[Tensor] | None = None
 
     def advance(self, steps: int, most: int) -> None:
         """Langevin steps with the weights as they are, gradients of ``most`` images at once.
@@ -63,6 +64,8 @@ class _Call(NamedTuple):
         dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
         gradient = WrittenGradient(self.energy, [most, *x.shape[1:]], dtype, steps)
         for _ in range(steps):
+            if self.states is not None:
+                self.states.append(x.clone())
             noise = torch.randn(x.shape, generator=self.generator, device=x.device)
             energies, norms = x.new_empty(2, len(x)) if self.log is not None else (None, None)
             for first in range(0, len(x), most):
@@ -88,7 +91,9 @@ class _Graphs:
         torch.cuda.empty_cache()  # what torch keeps for later counts as free
         self.most = images_at_once(energy, call.precision, x.device)
         self.logged = call.log is not None
-        self.call = call._replace(energy=energy, x=x, generator=Generator(x.device), log=None)
+        self.call = call._replace(
+            energy=energy, x=x, generator=Generator(x.device), log=None, states=None
+        )
         aside = torch.cuda.Stream(x.device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -123,7 +128,10 @@ class _Graphs:
         state.copy_(call.x)
         done = 0
         while done < call.config.steps:
-            steps = GRAPH_STEPS if call.config.steps - done >= GRAPH_STEPS else 1
+            many = call.states is None and call.config.steps - done >= GRAPH_STEPS
+            steps = GRAPH_STEPS if many else 1
+            if call.states is not None:
+                call.states.append(state.clone())
             self.graphs[steps].replay()
             done += steps
             if call.log is not None:
@@ -182,6 +190,7 @@ class CompiledLangevin:
         *,
         generator: Generator | None,
         log: ChainLog | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """K steps from x, (N,C,S,S) float32 in net range -> the same shape; see `langevin`."""
         if not isinstance(energy, ConvEnergy):
@@ -192,7 +201,7 @@ class CompiledLangevin:
         x = x.detach()
         if config.steps == 0 or len(x) == 0:
             return x
-        call = _Call(energy, x, config, generator, log, self.precision)
+        call = _Call(energy, x, config, generator, log, self.precision, states)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return self._replay(call) if x.is_cuda else _run(call)
 

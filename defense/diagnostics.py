@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from defense.attack import is_right, margin
 from defense.langevin import Chain, EnergyFn, LangevinConfig
+from defense.losses import margin
+from defense.verdict import is_right
 
 
 def states_at(

@@ -54,6 +54,12 @@ class ConvEnergy(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = (channels, image_size, image_size)
+        self.architecture = {
+            "image_size": image_size,
+            "channels": channels,
+            "width": width,
+            "activation": activation,
+        }
         if image_size < 4:
             raise ValueError(f"image_size: expected >= 4, got {image_size}")
         if activation not in ACTIVATIONS:

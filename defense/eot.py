@@ -1,11 +1,21 @@
 """The defended classifier: Expectation Over Transformation, equations (4)-(6)."""
 
-from typing import Any, Self
+import warnings
+from typing import Any, Self, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from defense.chain_gradient import (
+    GradientMode,
+    MakeProduct,
+    Segment,
+    autograd_product,
+    pull_back,
+    run_in_segments,
+    smoothed,
+)
 from defense.langevin import Chain, LangevinConfig, langevin
 from defense.pixels import to_net, to_pixels
 from defense.rng import make_generator
@@ -36,13 +46,30 @@ def straight_through(x: Tensor, purified: Tensor) -> Tensor:
     return output
 
 
+class _ThroughChain(torch.autograd.Function):
+    """Purified pixels, differentiated through the chain: modes exact and smoothed."""
+
+    @staticmethod
+    def forward(ctx: Any, copies: Tensor, defense: "EOTDefense", generator: Generator) -> Tensor:
+        ctx.defense = defense
+        purified, ctx.segments = defense.purify_in_segments(copies, generator)
+        return purified
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.defense.pull_back(gradient[0], ctx.segments), None, None
+
+
 class EOTDefense(nn.Module):
     """Mean logits of H purified replicas: F_H(x) = 1/H sum_h f(T_h(x)) (Hill et al. 2021, eq. 5).
 
     Images (B,C,H,W) in [0, 1] -> logits (B, classes), for any ``classifier`` that maps pixels in
-    [0, 1] to logits. ``config.steps = 0`` with ``replicas = 1`` is the classifier itself. The
-    gradient of the output is the BPDA+EOT gradient (eq. 10), so an attack that asks a module for
-    logits and gradients runs on it as it is.
+    [0, 1] to logits. ``config.steps = 0`` with ``replicas = 1`` is the classifier itself. An
+    attack that asks a module for logits and gradients runs on it as it is. ``gradient`` says what
+    it is given: "identity" the BPDA+EOT gradient (eq. 10); "exact" the gradient of these very
+    chains, noise and all; "smoothed" the same with the corners of a (leaky) ReLU energy rounded
+    over about sqrt(``softness``) on the way back. An exact gradient that is no other than the
+    identity is warned of, and `chain_moved_gradient` stays False.
 
     The noise comes from the module's own generator, seeded by ``seed`` (a number or a name) and
     advanced by every call: an attack library that re-seeds torch's global stream does not repeat
@@ -60,8 +87,18 @@ class EOTDefense(nn.Module):
         max_chains: int = 2048,
         seed: int | str = 0,
         chain: Chain = langevin,
+        gradient: GradientMode = "identity",
+        softness: float = 0.01,
+        product: MakeProduct = autograd_product,
+        segment: int | None = None,
     ) -> None:
         super().__init__()
+        if gradient not in get_args(GradientMode):
+            raise ValueError(
+                f"gradient: expected one of {get_args(GradientMode)}, got {gradient!r}"
+            )
+        if gradient == "smoothed":
+            smoothed(energy, softness)  # or an error, now and not in the middle of an attack
         if replicas < 1:
             raise ValueError(f"replicas: expected >= 1, got {replicas}")
         if max_chains < 1:
@@ -73,6 +110,11 @@ class EOTDefense(nn.Module):
         self.max_chains = max_chains
         self.seed = seed
         self.chain = chain
+        self.gradient = gradient
+        self.softness = softness
+        self.product = product
+        self.segment = segment
+        self.chain_moved_gradient = False
         self._generators: dict[str, Generator] = {}
         self.eval()
 
@@ -98,23 +140,78 @@ class EOTDefense(nn.Module):
         ]
         return to_pixels(torch.cat(parts))
 
-    def replica_logits(self, x: Tensor, *, generator: Generator | None = None) -> Tensor:
-        """Logits of every replica: (B,C,H,W) in [0, 1] -> (replicas, B, classes)."""
+    def purify_in_segments(
+        self, x: Tensor, generator: Generator
+    ) -> tuple[Tensor, list[list[Segment]]]:
+        """`purify`, with what the way back needs, for each part of at most ``max_chains``."""
+        ends, segments = [], []
+        for part in x.detach().split(self.max_chains):
+            end, kept = run_in_segments(
+                self.chain,
+                self.energy,
+                to_net(part),
+                self.config,
+                generator=generator,
+                length=self.segment,
+            )
+            ends.append(end)
+            segments.append(kept)
+        return to_pixels(torch.cat(ends)), segments
+
+    def pull_back(self, v: Tensor, segments: list[list[Segment]]) -> Tensor:
+        """v^T d(purified)/dx, (N,C,H,W); to net range and back again, scales cancel."""
+        energy = self.energy
+        if self.gradient == "smoothed":
+            energy = smoothed(energy, self.softness)
+        pulled = []
+        for part, kept in zip(v.split(self.max_chains), segments, strict=True):
+            product = self.product(energy, part, self.config.steps)
+            pulled.append(
+                pull_back(self.chain, self.energy, self.config, kept, part, product=product)
+            )
+        back = torch.cat(pulled)
+        if not torch.equal(back, v):
+            self.chain_moved_gradient = True
+        elif not self.chain_moved_gradient and bool(v.any()):
+            warnings.warn(
+                "the exact gradient through this chain is the identity, as in BPDA: its energy is "
+                "piecewise linear. Agreement of the two proves nothing; use gradient='smoothed'",
+                stacklevel=2,
+            )
+        return back
+
+    def replica_logits(
+        self, x: Tensor, *, generator: Generator | None = None, replicas: int | None = None
+    ) -> Tensor:
+        """Logits of every replica: (B,C,H,W) in [0, 1] -> (replicas, B, classes).
+
+        ``replicas`` is another number of them than the module's own.
+        """
+        replicas = self.replicas if replicas is None else replicas
         if x.ndim != 4 or not x.is_floating_point():
             raise ValueError(
                 f"x: expected images (B,C,H,W), floating, got {tuple(x.shape)} {x.dtype}"
             )
         if x.numel():
             low, high = (float(end) for end in x.detach().aminmax())
-            if not -0.01 <= low <= high <= 1.01:
+            if not -0.5 <= low <= high <= 1.5:  # some attacks look ahead, a little out of the box
                 raise ValueError(f"x: expected pixels in [0, 1], got {low} to {high}")
-        copies = x.repeat(self.replicas, 1, 1, 1)
-        purified = straight_through(copies, self.purify(copies, generator=generator))
+        copies = x.repeat(replicas, 1, 1, 1)
+        purified = self._purified(copies, generator)
         pieces = purified.split(max(1, CLASSIFIER_PIXELS // x.shape[2:].numel()))
         again = len(pieces) > 1
         logits = torch.cat([self._classify(piece, again=again) for piece in pieces])
-        stacked: Tensor = logits.unflatten(0, (self.replicas, len(x)))
+        stacked: Tensor = logits.unflatten(0, (replicas, len(x)))
         return stacked
+
+    def _purified(self, copies: Tensor, generator: Generator | None) -> Tensor:
+        """Purified pixels whose gradient is the mode's."""
+        through = copies.requires_grad and self.gradient != "identity" and self.config.steps > 0
+        if not through:
+            return straight_through(copies, self.purify(copies, generator=generator))
+        generator = generator or self.own_generator(copies.device)
+        purified: Tensor = _ThroughChain.apply(copies, self, generator)
+        return purified
 
     def _classify(self, pixels: Tensor, *, again: bool) -> Tensor:
         """Logits of one piece, one of several if its activations are to be made again.

@@ -4,6 +4,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -12,7 +13,21 @@ def freeze(module: Module) -> Module:
     """Evaluation mode and no gradient to the weights: every net that is not being trained."""
     module.eval()
     module.requires_grad_(False)
+    module.zero_grad(set_to_none=True)
     return module
+
+
+def flops(net: nn.Module, x: Tensor, *, weights: bool = False, back: bool = True) -> int:
+    """Multiplications and additions in the products of one call with images x (B,C,H,W).
+
+    Forward, and unless ``back`` is False back again: to the weights, or to the images.
+    """
+    net.requires_grad_(weights)
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+        out = net(x.detach().requires_grad_(back and not weights))
+        if back:
+            out.sum().backward()
+    return int(counter.get_total_flops())
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ class Chain(Protocol):
         *,
         generator: Generator | None,
         log: ChainLog | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor: ...
 
 
@@ -84,11 +85,13 @@ def langevin(
     *,
     generator: Generator | None,
     log: ChainLog | None = None,
+    states: list[Tensor] | None = None,
 ) -> Tensor:
     """K Langevin steps from x, (N,C,H,W) in net range -> the same shape, detached.
 
     ``generator`` lives on the device of x; None draws from the global stream. ``steps=0`` is the
-    identity, ``tau=0`` plain gradient descent. Hill et al. (2021), equation (3).
+    identity, ``tau=0`` plain gradient descent. X_0 to X_{K-1}, one before every step, are appended
+    to ``states``. Hill et al. (2021), equation (3).
     """
     x = x.detach()
     for _ in range(config.steps):
@@ -96,5 +99,7 @@ def langevin(
         f, gradient = energy_and_gradient(energy, x)
         if log is not None:
             log.add(f, gradient)
+        if states is not None:
+            states.append(x)
         x = x - gradient + config.tau * noise
     return x

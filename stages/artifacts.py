@@ -3,10 +3,10 @@
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from defense.attack import AttackRecord
 from stages import StageError
 from stages.files import Whole, require
 from stages.params import Dataset
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # Images
 
@@ -33,10 +35,16 @@ class Images:
     labels: Tensor
     index: Tensor
 
-    def shards(self, size: int) -> list["Images"]:
-        """Runs of at most ``size`` images; the random streams of a run belong together."""
-        parts = (getattr(self, field.name).split(size) for field in fields(self))
-        return [Images(*part) for part in zip(*parts, strict=True)]
+    def shards(self, size: int, start: int = 0) -> list["Images"]:
+        """Runs of at most ``size`` images; the random streams of a run belong together.
+
+        What lies before ``start`` is left out, so that runs keep their numbers.
+        """
+        parts = []
+        for first in range(0, len(self.labels), size):
+            part = slice(max(first, start), max(first + size, start))
+            parts.append(Images(*(getattr(self, field.name)[part] for field in fields(self))))
+        return parts
 
 
 def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None:
@@ -95,22 +103,33 @@ def load_images(path: Path, split: str, section: Dataset, count: int | None = No
 
 
 def save_weights(path: Path, module: nn.Module) -> None:
-    """The weights of a network as safetensors."""
+    """The weights of a network as safetensors, with the arguments that build it."""
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
-    save_tensors(path, tensors, {})
+    about = {"network": type(module).__name__, "architecture": module.architecture}
+    save_tensors(path, tensors, about)
 
 
-def load_weights(path: Path, module: nn.Module, made_by: str) -> None:
-    """Fill a network from a file; `StageError` if it is missing, corrupt or of another shape."""
+def load_network(
+    path: Path, kind: Callable[..., Network], otherwise: dict[str, Any], made_by: str
+) -> Network:
+    """A network from its weights, built as the file says, or as ``otherwise`` if it does not.
+
+    `StageError` if the file is missing, corrupt or of another kind of network.
+    """
     require(path, made_by)
-    tensors, _ = load_tensors(path)
+    tensors, about = load_tensors(path)
+    found = about.get("network", kind.__name__)
+    if found != kind.__name__:
+        raise StageError(f"{path}: expected the weights of a {kind.__name__}, got a {found}")
     try:
+        module = kind(**about.get("architecture", otherwise))
         module.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise StageError(f"{path}: weights do not fit {type(module).__name__}: {reason}") from None
+        raise StageError(f"{path}: not the weights of a {kind.__name__}: {reason}") from None
+    return module
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -182,11 +201,12 @@ class AttackResult:
 
     def of_pgd(self, data: Images, path: Path) -> Tensor:
         """The adversarial images of a PGD record of ``data``, (N,C,S,S); else `StageError`."""
-        count = len(data.images)
-        same = self.images.images[:count].equal(data.images) and len(self.images.images) >= count
-        if self.about.get("attack") != "pgd" or not same:
+        places = {place: i for i, place in enumerate(self.images.index.tolist())}
+        rows = torch.tensor([places.get(place, -1) for place in data.index.tolist()])
+        there = bool((rows >= 0).all()) and self.images.images[rows].equal(data.images)
+        if self.about.get("attack") != "pgd" or not there:
             raise StageError(f"{path}: expected a record of attack pgd on the same test images")
-        return self.record.adversarial[:count]
+        return self.record.adversarial[rows]
 
     @classmethod
     def concatenate(cls, parts: Sequence["AttackResult"]) -> "AttackResult":
@@ -197,4 +217,4 @@ class AttackResult:
 
         images = joined(Images, [part.images for part in parts])
         record = joined(AttackRecord, [part.record for part in parts])
-        return cls(images, record, parts[0].about)
+        return cls(images, record, dict(parts[0].about))

@@ -10,24 +10,41 @@ from torch import Tensor
 from defense.attack import AttackConfig, AttackRecord, run_attack, run_transfer
 from defense.pixels import from_bytes
 from defense.rng import make_generator
+from defense.verdict import Sequential
 from stages import StageError
 from stages.artifacts import AttackResult, Images, load_images
 from stages.classifiers import load_classifier
-from stages.console import Track, say
+from stages.console import Track, said_warnings, say
+from stages.files import fingerprint
+from stages.flags import flags_of
 from stages.hardware import Hardware
 from stages.models import Nets, threat
-from stages.params import ATTACKS, PGD, Params
+from stages.params import TRANSFER, NamedAttack, Params
 from stages.resume import Scratch
+
+Evaluate = Callable[[int, Images, Tensor, Tensor, Callable[[int], None]], AttackRecord]
+"""(shard, its images, pixels (B,C,H,W), labels (B,), on_step) -> record."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What an attack reads; ``pgd`` is the record whose images a transfer judges."""
+
+    images: Path
+    classifier: Path
+    energy: Path
+    pgd: Path
 
 
 @dataclass(frozen=True)
 class Plan:
     """One attack, ready to be run shard by shard."""
 
-    count: int  # images
+    images: int
     steps: int  # of the progress line, in one shard
-    evaluate: Callable[[int, Tensor, Tensor, Callable[[int], None]], AttackRecord]
-    """(shard, pixels (B,C,H,W), labels (B,), on_step) -> record."""
+    inputs: list[Path]
+    evaluate: Evaluate
+    defense: dict[str, object]  # what the record says of it
 
 
 def run(
@@ -35,75 +52,67 @@ def run(
     dataset: str,
     attack: str,
     hardware: Hardware,
+    files: Files,
+    out: Path,
     *,
-    images: Path,
-    classifier: Path,
-    energy: Path,
-    pgd: Path,
-    out: Path,
-) -> None:
-    """Attack the first test images; ``pgd`` is the record whose images a transfer judges."""
-    if attack not in ATTACKS:
-        raise StageError(f"attack: expected one of {list(ATTACKS)}, got {attack!r}")
-    inputs = [images, classifier]
-    if attack == "pgd":
-        plan = plan_pgd(params, dataset, hardware, classifier)
-    else:
-        nets = Nets.load(params, dataset, hardware, classifier=classifier, energy=energy)
-        inputs.append(energy)
-        if attack == "bpda_eot":
-            plan = plan_bpda_eot(nets)
-        else:
-            count = params.attack.transfer.images
-            data = load_images(images, "test", params.dataset(dataset), count)
-            plan = plan_transfer(nets, attack, AttackResult.load(pgd).of_pgd(data, pgd))
-            inputs.append(pgd)
-    run_shards(
-        plan,
-        params,
-        dataset,
-        attack,
-        hardware,
-        load_images(images, "test", params.dataset(dataset), plan.count),
-        inputs,
-        out,
-    )
+    subset: tuple[int, int] | None = None,
+    afresh: bool = False,
+) -> AttackResult:
+    """Attack the first test images, or those of a ``subset`` [start, stop); the joined record.
 
-
-def run_shards(
-    plan: Plan,
-    params: Params,
-    dataset: str,
-    attack: str,
-    hardware: Hardware,
-    data: Images,
-    inputs: list[Path],
-    out: Path,
-) -> None:
-    """Evaluate every shard that has no file yet; join the files into one record."""
+    What an earlier run of the same command has finished is kept, unless ``afresh``.
+    """
+    plan = make_plan(params, dataset, attack, hardware, files)
+    start, stop = subset or (0, plan.images)
+    if not 0 <= start < stop:
+        raise StageError(f"subset: expected start < stop, got {start}:{stop}")
+    data = load_images(files.images, "test", params.dataset(dataset), stop)
     about = {
         "run": params.run,
         "dataset": dataset,
         "attack": attack,
+        **plan.defense,
         **params.conditions(attack),
         **hardware.conditions(),
+        "files": {path.stem: fingerprint(path) for path in plan.inputs},
     }
 
     def key(p: Params) -> object:
-        return p.seed, attack, p.classifier, p.energy, p.data[dataset], p.langevin, p.attack
+        conditions, data = p.conditions(attack), p.data[dataset]
+        return p.seed, attack, subset, conditions, data, p.attack.shard, p.attack.verification
 
-    parts = data.shards(params.attack.shard)
-    shards: list[AttackResult] = []
+    name = f"attack-{dataset}-{attack}"
+    parts = {
+        number: part
+        for number, part in enumerate(data.shards(params.attack.shard, start))
+        if len(part.labels)
+    }
     with (
-        Scratch(f"attack-{dataset}-{attack}", params, key, inputs, hardware) as scratch,
-        Track(
-            f"{attack} {dataset}",
-            plan.steps * len(parts),
-            unit="steps",
-            done=plan.steps * len(list(scratch.folder.glob("shard-*"))),
-        ) as track,
+        said_warnings(),
+        Scratch(name, params, key, plan.inputs, hardware, afresh=afresh) as scratch,
     ):
-        for number, part in enumerate(parts):
+        shards = run_shards(plan, name, parts, hardware, scratch, about)
+        joined = AttackResult.concatenate(shards)
+        joined.about["flags"] = flags_of(joined)
+        joined.save(out)
+        scratch.done()
+    say(f"{attack} {dataset}: {so_far(shards)}")
+    return joined
+
+
+def run_shards(
+    plan: Plan,
+    name: str,
+    parts: dict[int, Images],
+    hardware: Hardware,
+    scratch: Scratch,
+    about: dict[str, object],
+) -> list[AttackResult]:
+    """Evaluate every shard that has no file yet."""
+    shards: list[AttackResult] = []
+    finished = len(list(scratch.folder.glob("shard-*.safetensors")))
+    with Track(name, plan.steps * len(parts), unit="steps", done=plan.steps * finished) as track:
+        for done, (number, part) in enumerate(parts.items(), start=1):
             scratch.check()
             path = scratch.folder / f"shard-{number:04d}.safetensors"
 
@@ -112,13 +121,12 @@ def run_shards(
 
             if not path.exists():
                 pixels = from_bytes(part.images).to(hardware.device)
-                record = plan.evaluate(number, pixels, part.labels.to(hardware.device), on_step)
+                labels = part.labels.to(hardware.device)
+                record = plan.evaluate(number, part, pixels, labels, on_step)
                 AttackResult(part, record, about).save(path)
             shards.append(AttackResult.load(path))
-            track.advance(max(0, (number + 1) * plan.steps - track.done), so_far(shards))
-        AttackResult.concatenate(shards).save(out)
-        scratch.done()
-    say(f"{attack} {dataset}: {so_far(shards)}")
+            track.advance(max(0, done * plan.steps - track.done), so_far(shards))
+    return shards
 
 
 def so_far(shards: list[AttackResult]) -> str:
@@ -129,32 +137,84 @@ def so_far(shards: list[AttackResult]) -> str:
     return f"natural {natural:.3f}  robust {attacked:.3f}  (n={len(clean)})"
 
 
-def plan_pgd(params: Params, dataset: str, hardware: Hardware, weights: Path) -> Plan:
+def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, files: Files) -> Plan:
+    """The attack of that name, or `StageError` with the names that there are."""
+    if attack not in params.attacks():
+        raise StageError(f"attack: expected one of {params.attacks()}, got {attack!r}")
+    inputs = [files.images, files.classifier]
+    if attack == "pgd":
+        evaluate = attack_classifier(params, dataset, hardware, files.classifier)
+        size = params.attack.pgd
+        return Plan(size.images, size.restarts * (size.steps + 1), inputs, evaluate, {})
+    nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
+    inputs.append(files.energy)
+    defense = {
+        "energy": files.energy.stem.removeprefix("ebm_"),
+        "activation": nets.energy.architecture["activation"],
+        "cost": round(nets.cost(), 1),
+    }
+    named = params.named(attack)
+    if named is not None:
+        table = attack == "bpda_eot"
+        images = params.attack.bpda_eot.images if table else params.evaluate.images
+        steps = named.restarts * (named.steps + 1)
+        return Plan(images, steps, inputs, attack_defense(nets, attack, named), defense)
+    pgd = AttackResult.load(files.pgd)
+    inputs.append(files.pgd)
+    images = params.evaluate.images if attack == TRANSFER else params.attack.transfer.images
+    judge = judge_transferred(nets, attack, pgd, files.pgd)
+    return Plan(images, 1, inputs, judge, defense)
+
+
+def attack_classifier(params: Params, dataset: str, hardware: Hardware, weights: Path) -> Evaluate:
     """PGD on the bare classifier: surrogate and target are one deterministic network."""
     classifier = load_classifier(params, dataset, hardware, weights)
     size = params.attack.pgd
     # Every image goes through all steps: transferred images should be as strong as they can be.
-    config = attack_config(params, size, stop_at_break=False)
+    config = AttackConfig(
+        threat(params),
+        size.steps,
+        params.attack.step_255,
+        size.restarts,
+        stop_at_break=False,
+    )
 
-    def evaluate(shard: int, x: Tensor, y: Tensor, on_step: Callable[[int], None]) -> AttackRecord:
+    def evaluate(
+        shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
+    ) -> AttackRecord:
         generator = make_generator(params.seed, dataset, "pgd", shard, device=x.device)
         return run_attack(
             classifier, classifier, x, y, config, generator=generator, on_step=on_step
         )
 
-    return Plan(size.images, steps_of(size), evaluate)
+    return evaluate
 
 
-def plan_bpda_eot(nets: Nets) -> Plan:
-    """Algorithm 1: gradients from H_adv replicas, verdicts from H_def."""
+def configure(params: Params, named: NamedAttack) -> AttackConfig:
+    """The library's configuration of an attack on the defense."""
+    return AttackConfig(
+        threat(params, named.scale),
+        named.steps,
+        params.attack.step_255 * named.scale,
+        named.restarts,
+        rule=named.rule,
+        loss=named.loss,
+        sequential=Sequential(params.attack.verification.error),
+        verify_early=params.attack.verification.early,
+    )
+
+
+def attack_defense(nets: Nets, attack: str, named: NamedAttack) -> Evaluate:
+    """Losses and gradients from H_adv replicas, verdicts from H_def: Algorithm 1 and its kin."""
     params, langevin = nets.params, nets.params.langevin
-    size = params.attack.bpda_eot
-    config = attack_config(params, size, stop_at_break=True)
+    gradient, config = named.mode(), configure(params, named)
 
-    def evaluate(shard: int, x: Tensor, y: Tensor, on_step: Callable[[int], None]) -> AttackRecord:
-        purpose = f"bpda_eot/{shard}"
+    def evaluate(
+        shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
+    ) -> AttackRecord:
+        purpose = f"{attack}/{shard}"
         return run_attack(
-            nets.defense(langevin.K, langevin.H_adv, f"{purpose}/surrogate"),
+            nets.defense(langevin.K, langevin.H_adv, f"{purpose}/surrogate", gradient),
             nets.defense(langevin.K, langevin.H_def, f"{purpose}/target"),
             x,
             y,
@@ -163,35 +223,23 @@ def plan_bpda_eot(nets: Nets) -> Plan:
             on_step=on_step,
         )
 
-    return Plan(size.images, steps_of(size), evaluate)
+    return evaluate
 
 
-def plan_transfer(nets: Nets, attack: str, adversarial: Tensor) -> Plan:
-    """Images of the PGD on the bare classifier, judged by the defense with K or K_short steps."""
+def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, path: Path) -> Evaluate:
+    """Images of the PGD on the bare classifier, judged by the defense."""
     params = nets.params
-    size, replicas = params.attack.pgd, params.attack.transfer.replicas
-    steps = params.langevin.K if attack == "transfer_K" else params.langevin.K_short
+    conditions = params.conditions(attack)
+    steps, replicas = int(str(conditions["K"])), int(str(conditions["H_def"]))
+    sequential = Sequential(params.attack.verification.error)
 
-    def evaluate(shard: int, x: Tensor, y: Tensor, on_step: Callable[[int], None]) -> AttackRecord:
-        first = shard * params.attack.shard
-        x_adv = adversarial[first : first + len(x)].to(x.device)
+    def evaluate(
+        shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
+    ) -> AttackRecord:
+        x_adv = pgd.of_pgd(images, path).to(x.device)
         target = nets.defense(steps, replicas, f"{attack}/{shard}")
-        return run_transfer(target, x, x_adv, y, steps=size.steps)
+        return run_transfer(
+            target, x, x_adv, y, steps=params.attack.pgd.steps, sequential=sequential
+        )
 
-    return Plan(len(adversarial), 1, evaluate)
-
-
-def attack_config(params: Params, size: PGD, *, stop_at_break: bool) -> AttackConfig:
-    """The library's configuration of one attack."""
-    return AttackConfig(
-        threat(params),
-        size.steps,
-        params.attack.step_255,
-        size.restarts,
-        stop_at_break=stop_at_break,
-    )
-
-
-def steps_of(size: PGD) -> int:
-    """Iterates that an attack judges at most."""
-    return size.restarts * (size.steps + 1)
+    return evaluate

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from defense.attack import loss_gradient
 from defense.bank import ImageBank
@@ -24,7 +23,7 @@ from defense.compiled import CompiledLangevin
 from defense.ebm_training import EBMTrainConfig, EBMTrainer
 from defense.energy import ConvEnergy
 from defense.eot import EOTDefense
-from defense.inference import freeze
+from defense.inference import flops, freeze
 from defense.langevin import LangevinConfig
 from defense.precision import Precision
 from defense.rng import make_generator
@@ -83,23 +82,15 @@ class Job:
     def flops(self) -> int:
         """Multiplications and additions in the products of one call, counted on no device."""
         meta = Job(**{**asdict(self), "device": "meta"})
-        chain = self.batch * self.steps * _flops_of(meta.energy(), meta.pixels(1), weights=False)
+        chain = self.batch * self.steps * flops(meta.energy(), meta.pixels(1))
         if self.task == "classifier_step":
-            return self.batch * _flops_of(meta.classifier(), meta.pixels(1), weights=True)
+            return self.batch * flops(meta.classifier().eval(), meta.pixels(1), weights=True)
         if self.task == "attack_step":
-            once = _flops_of(meta.classifier(), meta.pixels(1), weights=False)
+            once = flops(meta.classifier().eval(), meta.pixels(1))
             return chain + self.batch * once
         if self.task == "ebm_update":
-            return chain + 2 * self.batch * _flops_of(meta.energy(), meta.pixels(1), weights=True)
+            return chain + 2 * self.batch * flops(meta.energy(), meta.pixels(1), weights=True)
         return chain
-
-
-def _flops_of(net: torch.nn.Module, x: Tensor, *, weights: bool) -> int:
-    """Forward and back for one image: to its weights, or to the image."""
-    net.eval().requires_grad_(weights)
-    with FlopCounterMode(display=False) as counter:
-        net(x.requires_grad_(not weights)).sum().backward()
-    return int(counter.get_total_flops())
 
 
 # As a user would write it: weights that require gradients, torch's defaults.

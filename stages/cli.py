@@ -41,7 +41,10 @@ ImagesFile = Annotated[
 ClassifierFile = Annotated[
     Path | None,
     typer.Option(
-        "--classifier", help="Classifier weights; default artifacts/RUN/models/DATASET/classifier."
+        "--classifier",
+        help="Classifier: weights of train-classifier, or any network as a .pt2 file of "
+        "torch.export, from pixels in [0, 1] to logits; default "
+        "artifacts/RUN/models/DATASET/classifier.",
     ),
 ]
 EnergyFile = Annotated[
@@ -56,6 +59,12 @@ PGDRecord = Annotated[
         "--pgd",
         help="Record of PGD on the bare classifier, whose images are judged; default "
         "artifacts/RUN/records/DATASET/pgd.",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume", help="Go on with what the same command left when it was killed."
     ),
 ]
 Out = Annotated[
@@ -151,12 +160,16 @@ def train_classifier(
 def train_ebm(
     dataset: Dataset,
     phase: Annotated[
-        str, typer.Argument(help="adam (phase 1), convergent (phase 2, SGD) or nonconvergent.")
+        str,
+        typer.Argument(
+            help="adam (phase 1), convergent (phase 2, SGD) or nonconvergent; smooth_adam, "
+            "smooth_convergent."
+        ),
     ],
     params_file: ParamsFile = DEFAULT_PARAMS,
     images: ImagesFile = None,
     start: Annotated[
-        Path | None, typer.Option(help="State that phase adam left; default ebm_adam.state.pt.")
+        Path | None, typer.Option(help="State that the adam phase left; default its .state.pt.")
     ] = None,
     out: Out = None,
     device: Device = None,
@@ -174,7 +187,7 @@ def train_ebm(
             phase,
             Hardware.choose(device),
             images=images or paths.images,
-            start=start or paths.state("ebm_adam"),
+            start=start or paths.state(f"ebm_{'smooth_' * phase.startswith('smooth_')}adam"),
             out=out or paths.model(name),
             state_out=out.with_suffix(".state.pt") if out else paths.state(name),
             history=out.with_suffix(".csv") if out else paths.history(name),
@@ -187,8 +200,9 @@ def attack(
     attack: Annotated[
         str,
         typer.Argument(
-            help="pgd (bare classifier), transfer_K_short, transfer_K (its images against the "
-            "defense with that many steps) or bpda_eot (Algorithm 1)."
+            help="pgd (on the bare classifier), transfer_K_short, transfer_K (its images against "
+            "the defense with that many steps), bpda_eot (Algorithm 1), transfer, or a name "
+            "under evaluate.attacks in params.yaml."
         ),
     ],
     params_file: ParamsFile = DEFAULT_PARAMS,
@@ -196,27 +210,128 @@ def attack(
     classifier: ClassifierFile = None,
     energy: EnergyFile = None,
     pgd: PGDRecord = None,
+    subset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START:STOP", help="These of the test images, in place of the first ones."
+        ),
+    ] = None,
+    out: Out = None,
+    resume: Resume = True,
+    device: Device = None,
+    max_chains: MaxChains = None,
+) -> None:
+    """Attack the classifier or its defense on test images; print every accuracy and flag."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        limits = _limits(subset)
+        from stages import attack as stage
+        from stages import tables
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        result = stage.run(
+            params,
+            dataset,
+            attack,
+            Hardware.choose(device, max_chains),
+            stage.Files(
+                images=images or paths.images,
+                classifier=classifier or paths.model("classifier"),
+                energy=energy or paths.model("ebm_convergent"),
+                pgd=pgd or paths.record("pgd"),
+            ),
+            out or paths.record(attack),
+            subset=limits,
+            afresh=not resume,
+        )
+        tables.show_attacks([result], params.evaluate.draws)
+
+
+def _limits(subset: str | None) -> tuple[int, int] | None:
+    """START:STOP as numbers."""
+    if subset is None:
+        return None
+    start, _, stop = subset.partition(":")
+    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        raise StageError(f"subset: expected START:STOP with START < STOP, got {subset!r}")
+    return int(start), int(stop)
+
+
+@app.command()
+def evaluate(
+    dataset: Dataset,
+    name: Annotated[
+        str, typer.Argument(metavar="ENERGY", help="convergent or smooth_convergent.")
+    ] = "convergent",
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    classifier: ClassifierFile = None,
+    energy: EnergyFile = None,
+    pgd: PGDRecord = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder for the records; default as dvc.yaml states."),
+    ] = None,
+    resume: Resume = True,
+    device: Device = None,
+    max_chains: MaxChains = None,
+) -> None:
+    """Run every attack under evaluate.attacks on the defense; print all accuracies and flags."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import evaluate as stage
+        from stages import tables
+        from stages.attack import Files
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        results = stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, max_chains),
+            Files(
+                images=images or paths.images,
+                classifier=classifier or paths.model("classifier"),
+                energy=energy or paths.model(f"ebm_{name}"),
+                pgd=pgd or paths.record("pgd"),
+            ),
+            out or paths.evaluation(name),
+            afresh=not resume,
+        )
+        tables.show_attacks(results, params.evaluate.draws)
+
+
+@app.command()
+def active_test(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    classifier: ClassifierFile = None,
+    energy: EnergyFile = None,
     out: Out = None,
     device: Device = None,
     max_chains: MaxChains = None,
 ) -> None:
-    """Attack the classifier or its defense on the test images. Resumes after a kill."""
+    """Plant adversarial images that evaluate.active_test.attack has to find."""
     with _stage(params_file) as params:
         params.dataset(dataset)
-        from stages import attack as stage
+        from stages import active_test as stage
+        from stages.attack import Files
         from stages.hardware import Hardware
 
         paths = Paths(params.run, dataset)
         stage.run(
             params,
             dataset,
-            attack,
             Hardware.choose(device, max_chains),
-            images=images or paths.images,
-            classifier=classifier or paths.model("classifier"),
-            energy=energy or paths.model("ebm_convergent"),
-            pgd=pgd or paths.record("pgd"),
-            out=out or paths.record(attack),
+            Files(
+                images=images or paths.images,
+                classifier=classifier or paths.model("classifier"),
+                energy=energy or paths.model("ebm_convergent"),
+                pgd=paths.record("pgd"),
+            ),
+            out or paths.record("active_test"),
         )
 
 

@@ -2,6 +2,9 @@
 
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -88,6 +91,14 @@ def detail(message: str) -> None:
     """One line for the person who asked for more (-v)."""
     if verbose:
         say(message)
+
+
+@contextmanager
+def said_warnings() -> Iterator[None]:
+    """Warnings of the library as lines for the person at the terminal."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+        yield
 
 
 def say(message: str) -> None:

@@ -1,28 +1,33 @@
-"""The energy of a dataset, as params.yaml describes it."""
+"""The energies of a dataset, as params.yaml and their files describe them."""
 
 from pathlib import Path
 
 from defense.energy import ConvEnergy
 from defense.inference import freeze
-from stages.artifacts import load_weights
+from stages import StageError
+from stages.artifacts import load_network
 from stages.hardware import Hardware
-from stages.params import Params
+from stages.params import SMOOTH, Params
 
 
-def new_energy(params: Params, dataset: str) -> ConvEnergy:
-    """The energy of a dataset, untrained."""
-    data = params.dataset(dataset)
+def new_energy(params: Params, dataset: str, phase: str) -> ConvEnergy:
+    """The energy of a dataset, untrained; phases of the smooth one have its activation."""
+    data, energy = params.dataset(dataset), params.energy
+    smooth = phase.startswith(SMOOTH)
     return ConvEnergy(
         image_size=data.image_size,
         channels=data.channels,
-        width=params.energy.width,
-        activation=params.energy.activation,
+        width=energy.width,
+        activation=energy.smooth_activation if smooth else energy.activation,
     )
 
 
 def load_energy(params: Params, dataset: str, hardware: Hardware, path: Path) -> ConvEnergy:
-    """A trained energy, frozen, on the device."""
-    model = new_energy(params, dataset)
-    phase = path.stem.removeprefix("ebm_")
-    load_weights(path, model, f"`stochsec train-ebm {dataset} {phase}`")
-    return freeze(model.to(hardware.device))
+    """A trained energy, frozen, on the device; its file says which network it is."""
+    phase, data = path.stem.removeprefix("ebm_"), params.dataset(dataset)
+    otherwise = new_energy(params, dataset, phase).architecture
+    energy = load_network(path, ConvEnergy, otherwise, f"`stochsec train-ebm {dataset} {phase}`")
+    expected = (data.channels, data.image_size, data.image_size)
+    if energy.shape != expected:
+        raise StageError(f"{path}: expected an energy of images {expected}, got {energy.shape}")
+    return freeze(energy.to(hardware.device))

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from defense.diagnostics import mean_logit_draws
 from defense.pixels import to_pixels
+from stages.artifacts import AttackResult
 from stages.files import Whole
+from stages.rows import accuracies
 
 # Okabe & Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -110,6 +112,46 @@ def energy_over_steps(compared: dict[str, Tensor]) -> Figure:
         ax.set(title=title, ylabel="U(chain) - mean U(natural)  [nats]")
         _steps_axis(ax, steps.tolist())
     axes[0].legend()
+    return figure
+
+
+FRESH_MARKERS = {
+    "mean_logits": ("mean logits", BLUE, "o"),
+    "average": ("average of {draws}", ORANGE, "s"),
+    "majority": ("majority of {draws}", GREEN, "^"),
+    "worst": ("worst of {draws}", GREY, "x"),
+}
+
+
+def evaluation(results: dict[str, list[AttackResult]], draws: int) -> Figure:
+    """Accuracy by attack, one panel an energy: Algorithm 1 as bars, fresh noise as markers."""
+    longest = max(len(found) for found in results.values())
+    figure, axes = _figure(1, len(results), (4.5 * len(results), 0.33 * longest + 1.4))
+    for ax, (energy, found) in zip(axes, results.items(), strict=True):
+        scores = [accuracies(result, draws) for result in found]
+        places = range(len(found))
+        robust = [score["adversarial"] for score in scores]
+        ends = np.array([accuracy.interval for accuracy in robust]).T
+        values = np.array([accuracy.value for accuracy in robust])
+        spread = np.abs(ends - values)
+        ax.barh(
+            places, values, xerr=spread, color="#CFE3F1", error_kw={"lw": 0.8}, label="Algorithm 1"
+        )
+        for metric, (label, colour, marker) in FRESH_MARKERS.items():
+            suffix = "" if metric == "mean_logits" else f"_{metric}"
+            fresh = [score[f"adversarial_afresh{suffix}"].value for score in scores]
+            ax.scatter(
+                fresh, places, s=18, color=colour, marker=marker, label=label.format(draws=draws)
+            )
+        natural = scores[0]["natural"]
+        ax.axvline(natural.value, color=GREY, ls=":", lw=1)
+        names = [str(result.about["attack"]).replace("_", " ") for result in found]
+        ax.set_yticks(places, names)
+        ax.invert_yaxis()
+        title = f"{energy.replace('_', ' ')} (n={natural.n}, dotted: natural {natural.value:.2f})"
+        ax.set(title=title, xlim=(0, 1.02), xlabel="accuracy")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 

@@ -1,6 +1,7 @@
 """Where things are, and how a file is written: whole, then renamed. No torch here."""
 
 import csv
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Paths:
         return self.root / f"artifacts/{self.run}/data/{self.dataset}.npz"
 
     def model(self, name: str) -> Path:
-        """Weights: classifier, ebm_adam, ebm_convergent or ebm_nonconvergent."""
+        """Weights: classifier, or ebm_ and a phase."""
         return self.root / f"artifacts/{self.run}/models/{self.dataset}/{name}.safetensors"
 
     def state(self, name: str) -> Path:
@@ -38,6 +39,10 @@ class Paths:
     def record(self, name: str) -> Path:
         """What a stage measured, as tensors with a description."""
         return self.root / f"artifacts/{self.run}/records/{self.dataset}/{name}.safetensors"
+
+    def evaluation(self, energy: str) -> Path:
+        """The folder of all attacks on the defense with one energy, a record each."""
+        return self.root / f"artifacts/{self.run}/records/{self.dataset}/evaluate_{energy}"
 
     def history(self, name: str) -> Path:
         """The curve of a training run."""
@@ -82,6 +87,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def fingerprint(path: Path) -> str:
+    """The first half of a file's sha256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def require(path: Path, made_by: str = "") -> None:

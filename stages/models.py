@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from defense.classifier import WideResNet
+import torch
+from torch import nn
+
+from defense.chain_gradient import GradientMode
 from defense.energy import ConvEnergy
 from defense.eot import EOTDefense
+from defense.inference import flops
 from defense.langevin import Chain, LangevinConfig
 from defense.threat import ThreatModel
+from defense.written_hessian import written_product
 from stages.classifiers import load_classifier
 from stages.energies import load_energy
 from stages.engine import choose_chain
@@ -22,7 +27,7 @@ class Nets:
     params: Params
     dataset: str
     hardware: Hardware
-    classifier: WideResNet
+    classifier: nn.Module
     energy: ConvEnergy
 
     @classmethod
@@ -48,7 +53,17 @@ class Nets:
         """What runs chains of so many steps."""
         return choose_chain(self.energy, steps, self.params.langevin.precision, self.hardware)
 
-    def defense(self, steps: int, replicas: int, purpose: str) -> EOTDefense:
+    def cost(self) -> float:
+        """What one defended prediction costs, in bare predictions: multiplications for images."""
+        data, langevin = self.params.dataset(self.dataset), self.params.langevin
+        x = torch.rand(1, data.channels, data.image_size, data.image_size)
+        x = x.to(self.hardware.device)
+        once = flops(self.classifier, x, back=False)
+        return langevin.H_def * (1 + langevin.K * flops(self.energy, x) / once)
+
+    def defense(
+        self, steps: int, replicas: int, purpose: str, gradient: GradientMode = "identity"
+    ) -> EOTDefense:
         """The defended classifier; every purpose has noise of its own."""
         return EOTDefense(
             self.classifier,
@@ -58,9 +73,12 @@ class Nets:
             max_chains=self.hardware.max_chains,
             seed=f"{self.params.seed}/{self.dataset}/{purpose}",
             chain=self.chain(steps),
+            gradient=gradient,
+            softness=self.params.evaluate.softness,
+            product=written_product,
         )
 
 
-def threat(params: Params) -> ThreatModel:
-    """The threat model of the experiment."""
-    return ThreatModel(params.attack.norm, params.attack.eps_255)
+def threat(params: Params, scale: float = 1.0) -> ThreatModel:
+    """The threat model of the experiment; its radius times ``scale``."""
+    return ThreatModel(params.attack.norm, params.attack.eps_255 * scale)

@@ -10,9 +10,12 @@ from stages import StageError
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
-ATTACKS = ("pgd", "transfer_K_short", "transfer_K", "bpda_eot")
+TABLE_ATTACKS = ("pgd", "transfer_K_short", "transfer_K", "bpda_eot")
+TRANSFER = "transfer"  # of every evaluation: the images of the PGD on the bare classifier
 MODELS = ("convergent", "nonconvergent")
-PHASES = ("adam", *MODELS)
+SMOOTH = "smooth_"  # phases that train the energy of energy.smooth_activation
+PHASES = ("adam", *MODELS, f"{SMOOTH}adam", f"{SMOOTH}convergent")
+EVALUATED = ("convergent", f"{SMOOTH}convergent")
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, strict=True)]
@@ -21,6 +24,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "tf32", "bfloat16"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+Activation = Literal["leaky_relu", "smooth_leaky_relu", "silu", "softplus"]
 
 
 class Section(BaseModel):
@@ -76,10 +80,11 @@ class Classifier(Section):
 
 
 class Energy(Section):
-    """Size and activation of the energy network."""
+    """Size and activation of the energy network, and of the one with gradients to attack."""
 
     width: Count
-    activation: Literal["leaky_relu", "smooth_leaky_relu", "silu", "softplus"]
+    activation: Activation
+    smooth_activation: Activation
 
 
 class EBM(Section):
@@ -117,13 +122,77 @@ class Transfer(Section):
     replicas: Count
 
 
+class Verification(Section):
+    """How the defense's verdicts are drawn."""
+
+    early: bool
+    error: Annotated[float, Field(gt=0, lt=1)]
+
+
+class NamedAttack(Section):
+    """One attack on the defense; ``scale`` multiplies attack.eps_255 and attack.step_255."""
+
+    rule: Literal["pgd", "apgd", "square", "noise"]
+    gradient: Literal["identity", "exact", "smoothed", "none"]
+    loss: Literal["cross_entropy", "margin", "dlr"]
+    steps: CountOrNone
+    restarts: Count
+    scale: NotNegative
+
+    def mode(self) -> Literal["identity", "exact", "smoothed"]:
+        """How the surrogate differentiates its chains, if it is asked to."""
+        return "identity" if self.gradient == "none" else self.gradient
+
+    @model_validator(mode="after")
+    def _gradient_fits(self) -> Self:
+        if (self.rule in ("pgd", "apgd")) == (self.gradient == "none"):
+            expected = "none" if self.gradient != "none" else "identity, exact or smoothed"
+            raise ValueError(f"gradient: rule {self.rule} expects {expected}, got {self.gradient}")
+        return self
+
+
+class ActiveTest(Section):
+    """Planted adversarial images that one of the attacks has to find."""
+
+    images: Count
+    attack: Name
+    points: Annotated[int, Field(ge=2, strict=True)]
+
+
+class Evaluate(Section):
+    """The attacks of an evaluation, by name."""
+
+    images: Count
+    draws: Count
+    softness: Positive
+    active_test: ActiveTest
+    attacks: dict[Name, NamedAttack]
+
+    @model_validator(mode="after")
+    def _tested_attack_exists(self) -> Self:
+        if self.active_test.attack not in self.attacks:
+            raise ValueError(
+                f"active_test.attack: expected one of {list(self.attacks)}, "
+                f"got {self.active_test.attack!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        for name in self.attacks:
+            if name in (*TABLE_ATTACKS, TRANSFER):
+                raise ValueError(f"attacks: {name!r} is the name of another attack")
+        return self
+
+
 class Attack(Section):
-    """The threat model and the attacks."""
+    """The threat model and the attacks of Tables 1 to 3."""
 
     norm: Literal["linf", "l2"]
     eps_255: NotNegative
     step_255: NotNegative
     shard: Count
+    verification: Verification
     pgd: PGD
     transfer: Transfer
     bpda_eot: PGD
@@ -175,6 +244,7 @@ class Params(Section):
     ebm: EBM
     langevin: Langevin
     attack: Attack
+    evaluate: Evaluate
     compare: Compare
     diagnose: Diagnose
     _origin: Path = PrivateAttr(default=Path("params.yaml"))
@@ -197,6 +267,7 @@ class Params(Section):
         compared = ("compare.images", self.compare.images)
         for name, size, (whole, most) in (
             ("attack.transfer.images", self.attack.transfer.images, pgd),
+            ("evaluate.images", self.evaluate.images, pgd),
             ("compare.images", self.compare.images, pgd),
             ("compare.bpda_eot.images", self.compare.bpda_eot.images, compared),
             ("diagnose.H", max(self.diagnose.H), ("diagnose.replicas", self.diagnose.replicas)),
@@ -218,22 +289,46 @@ class Params(Section):
                 )
         return self
 
+    def attacks(self) -> list[str]:
+        """Every attack that there is."""
+        return [*TABLE_ATTACKS, TRANSFER, *self.evaluate.attacks]
+
+    def named(self, attack: str) -> NamedAttack | None:
+        """What an attack on the defense does; None for PGD on the bare classifier and transfers."""
+        if attack == "bpda_eot":
+            size = self.attack.bpda_eot
+            return NamedAttack(
+                rule="pgd",
+                gradient="identity",
+                loss="cross_entropy",
+                steps=size.steps,
+                restarts=size.restarts,
+                scale=1.0,
+            )
+        return self.evaluate.attacks.get(attack)
+
     def conditions(self, attack: str) -> dict[str, object]:
         """What an attack's accuracy depends on: stated in the record, checked by the report."""
         section, langevin = self.attack, self.langevin
-        size = section.bpda_eot if attack == "bpda_eot" else section.pgd
+        named = self.named(attack)
+        size, scale = (named, named.scale) if named else (section.pgd, 1.0)
         shown: dict[str, object] = {
             "norm": section.norm,
-            "eps_255": section.eps_255,
-            "step_255": section.step_255,
+            "eps_255": section.eps_255 * scale,
+            "step_255": section.step_255 * scale,
             "steps": size.steps,
             "restarts": size.restarts,
         }
-        if attack == "bpda_eot":
+        if named:
+            shown |= {"rule": named.rule, "gradient": named.gradient, "loss": named.loss}
             shown |= {"K": langevin.K, "H_adv": langevin.H_adv, "H_def": langevin.H_def}
+            shown |= {"verify_early": section.verification.early}
+            if named.gradient == "smoothed":
+                shown["softness"] = self.evaluate.softness
         elif attack != "pgd":
-            steps = langevin.K if attack == "transfer_K" else langevin.K_short
-            shown |= {"K": steps, "H_def": section.transfer.replicas}
+            steps = langevin.K_short if attack == "transfer_K_short" else langevin.K
+            table = attack in TABLE_ATTACKS
+            shown |= {"K": steps, "H_def": section.transfer.replicas if table else langevin.H_def}
         if attack != "pgd":
             shown["precision"] = langevin.precision
         return shown

@@ -11,22 +11,25 @@ from stages import StageError, figures, rows, tables
 from stages.artifacts import AttackResult, load_tensors
 from stages.console import say
 from stages.files import Paths, write_text
-from stages.params import ATTACKS, Params
+from stages.findings import active_test, findings
+from stages.params import EVALUATED, TABLE_ATTACKS, TRANSFER, Params
 
 
 def run(params: Params, out: Path) -> None:
     """Judge the records, write tables and figures, print the tables."""
-    results = {
-        (dataset, attack): judged(Paths(params.run, dataset).record(attack), params, attack)
+    results = [
+        judged(Paths(params.run, dataset).record(attack), params, attack)
         for dataset in params.datasets
-        for attack in ATTACKS
-    }
+        for attack in TABLE_ATTACKS
+    ]
+    evaluations = {energy: evaluation(params, energy) for energy in EVALUATED}
     compared, _ = load_tensors(Paths(params.run, params.compare_dataset).record("compare"))
     diagnosed = {
         dataset: load_tensors(Paths(params.run, dataset).record("diagnose"))[0]
         for dataset in params.datasets
     }
-    measured = rows.rows(results)
+    every = results + [one for found in evaluations.values() for one in found]
+    measured = rows.rows(every, params.evaluate.draws)
     curve = rows.accuracy_over_steps(compared, params)
     for name, frame in (
         ("rows", measured),
@@ -36,7 +39,19 @@ def run(params: Params, out: Path) -> None:
         write_text(out / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
     metrics = rows.summarise(params, measured, curve)
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    tables.write(params, measured, out)
+    tables.write(params, rows.rows(results, params.evaluate.draws), out)
+    said = [
+        f"{energy}: {finding}"
+        for energy, found in evaluations.items()
+        for finding in findings(found)
+    ]
+    tested, about = load_tensors(Paths(params.run, params.compare_dataset).record("active_test"))
+    said.append(f"convergent: {active_test(tested, about)}")
+    tables.write_attacks(every, params.evaluate.draws, said, out)
+    for finding in said:
+        say(finding)
+    chart = figures.evaluation(evaluations, params.evaluate.draws)
+    figures.save(chart, out / "figures/evaluation")
 
     for dataset, tensors in diagnosed.items():
         histogram = figures.logit_histograms(tensors, params.diagnose.H)
@@ -50,7 +65,27 @@ def run(params: Params, out: Path) -> None:
     say(f"report: {out}")
 
 
+def evaluation(params: Params, energy: str) -> list[AttackResult]:
+    """The records of all attacks on the defense with one energy, in the order of params.yaml.
+
+    `StageError` if one is not there, unless it is the smoothed gradient of a smooth energy.
+    """
+    folder = Paths(params.run, params.compare_dataset).evaluation(energy)
+    found = []
+    for attack in (TRANSFER, *params.evaluate.attacks):
+        path = folder / f"{attack}.safetensors"
+        named = params.evaluate.attacks.get(attack)
+        smoothed = named is not None and named.gradient == "smoothed"
+        if path.exists() or not smoothed:
+            found.append(judged(path, params, attack))
+    return found
+
+
 CAPTIONS = {
+    "evaluation": "Every attack on the defense, with a piecewise linear and a smooth energy: "
+    "Algorithm 1's accuracy with its 95 % interval, and what fresh noise makes of the saved "
+    "images. What gradients through the chain take from the accuracy under BPDA (identity) is what "
+    "BPDA did not see.",
     "figure2_samples_*": "Chains from test images under the convergent energy, and the persistent "
     "chains that training ended with. Long chains should look like short ones.",
     "figure3_logits_*": "Mean logits over H replicas, drawn again and again, for an image that the "
@@ -74,6 +109,7 @@ def captions(out: Path) -> str:
         "",
     ]
     lines += [(out / f"table{number}.md").read_text() for number in (1, 2, 3)]
+    lines += ["## All attacks", "", (out / "attacks.md").read_text()]
     for pattern, caption in CAPTIONS.items():
         for path in sorted((out / "figures").glob(f"{pattern}.png")):
             lines += [f"![{path.stem}](figures/{path.name})", "", f"*{caption}*", ""]
@@ -88,7 +124,7 @@ def judged(path: Path, params: Params, attack: str) -> AttackResult:
             found = result.about.get(name)
             raise StageError(f"{path}: expected {name} = {value} as in params.yaml, got {found}")
     x, x_adv = from_bytes(result.images.images), result.record.adversarial
-    threat = ThreatModel(params.attack.norm, params.attack.eps_255)
+    threat = ThreatModel(params.attack.norm, float(result.about["eps_255"]))
     if not torch.isfinite(x_adv).all():
         raise StageError(f"{path}: adversarial images that are not finite")
     if x_adv.min() < 0 or x_adv.max() > 1:

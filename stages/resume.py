@@ -26,7 +26,9 @@ class Scratch:
     """A folder for one stage's unfinished work, keyed by all that determines its result.
 
     That is ``key`` of the parameters, the files read, the machine's settings and the source of both
-    packages. Inside the ``with`` block a first Ctrl-C or SIGTERM only sets ``stopping``: a loop
+    packages; ``afresh`` forgets what an earlier run has left.
+
+    Inside the ``with`` block a first Ctrl-C or SIGTERM only sets ``stopping``: a loop
     calls `check` where its state is saved. `done` removes the folder once the out is written.
     """
 
@@ -37,7 +39,10 @@ class Scratch:
         key: Callable[[Params], object],
         inputs: list[Path],
         hardware: Hardware,
+        *,
+        afresh: bool = False,
     ) -> None:
+        self.afresh = afresh
         self.params, self.key = params, key
         about = (repr(key(params)), hardware.conditions())
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
@@ -57,6 +62,9 @@ class Scratch:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StageError(f"{self.folder}: another process is at this very work") from None
+        if self.afresh:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
         self._handlers = {
             number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
         }

@@ -1,21 +1,27 @@
 """What was measured, as rows: every accuracy with its n, its 95 % interval and its conditions."""
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 
-from defense.attack import is_right
+from defense.verdict import METRICS, is_right, scores
 from stages.artifacts import AttackResult
-from stages.params import MODELS, Params
+from stages.params import MODELS, TABLE_ATTACKS, Params
+
+Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """k of n right, with the Wilson 95 % interval."""
+    """``right`` of n, with the Wilson 95 % interval.
 
-    right: int
+    An image that is right in a share of its draws counts as that share; the interval is then wider
+    than it need be, since such an image varies less than a toss of a coin.
+    """
+
+    right: float
     n: int
 
     @property
@@ -26,8 +32,10 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson (1927) score interval at 95 %."""
-        ci = binomtest(self.right, self.n).proportion_ci(0.95, method="wilson")
-        return float(ci.low), float(ci.high)
+        z2, p, n = Z95**2, self.value, self.n
+        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+        half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+        return max(0.0, middle - half), min(1.0, middle + half)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -35,33 +43,51 @@ class Accuracy:
 
 
 def count(right: torch.Tensor) -> Accuracy:
-    """(n,) bool -> accuracy."""
-    return Accuracy(int(right.sum()), len(right))
+    """(n,) bool, or shares in [0, 1] -> accuracy."""
+    return Accuracy(round(float(right.double().sum()), 6), len(right))
 
 
-def rows(results: dict[tuple[str, str], AttackResult]) -> pd.DataFrame:
-    """Every accuracy of every record, by (dataset, attack)."""
-    return pd.DataFrame([row for key, result in results.items() for row in rows_of(*key, result)])
+def rows(results: list[AttackResult], draws: int) -> pd.DataFrame:
+    """Every accuracy of every record."""
+    return pd.DataFrame([row for result in results for row in rows_of(result, draws)])
 
 
-def rows_of(dataset: str, attack: str, result: AttackResult) -> list[dict[str, object]]:
-    """Natural and adversarial accuracy of one record, and the saved images judged afresh."""
-    labels, record, about = result.images.labels, result.record, result.about
-    afresh = is_right(record.adversarial_logits, labels)
-    measured = {
-        "natural": record.clean_correct(labels),
-        "adversarial": record.robust(labels),
-        "adversarial_afresh": record.clean_correct(labels) & afresh,
-    }
-    conditions = {
-        name: about.get(name, "")
-        for name in ("K", "H_adv", "H_def", "norm", "eps_255", "step_255", "steps", "restarts")
-    }
+def accuracies(result: AttackResult, draws: int) -> dict[str, Accuracy]:
+    """All that one record says: natural images, the attack, the saved images judged afresh.
+
+    As everywhere, an attacked image counts only if its clean image was right too. Metrics are those
+    of `defense.verdict`; the one without a name is the mean logits'.
+    """
+    labels, record = result.images.labels, result.record
+    right = record.clean_correct(labels)
+    clean = scores(record.clean_logits, record.clean_classes, labels, draws)
+    afresh = scores(record.adversarial_logits, record.adversarial_classes, labels, draws)
+    found = {"natural": count(right), "adversarial": count(record.robust(labels))}
+    for metric in METRICS:
+        suffix = "" if metric == "mean_logits" else f"_{metric}"
+        found[f"natural{suffix}"] = count(clean[metric])
+        found[f"adversarial_afresh{suffix}"] = count(afresh[metric] * right)
+    return found
+
+
+def energy_of(about: dict[str, object]) -> str:
+    """The energy of a record's defense; "-" for the bare classifier."""
+    return str(about.get("energy", "-"))
+
+
+CONDITIONS = ("K", "H_adv", "H_def", "norm", "eps_255", "step_255", "steps", "restarts", "rule")
+
+
+def rows_of(result: AttackResult, draws: int) -> list[dict[str, object]]:
+    """Every accuracy of one record, with its conditions and its flags."""
+    about = result.about
+    conditions = {name: about.get(name, "") for name in (*CONDITIONS, "gradient", "loss")}
+    conditions["flags"] = "; ".join(about.get("flags", []))
+    where = {"dataset": about["dataset"], "energy": energy_of(about), "attack": about["attack"]}
     rows = []
-    for metric, right in measured.items():
-        accuracy = count(right)
+    for metric, accuracy in accuracies(result, draws).items():
         low, high = accuracy.interval
-        row = {"dataset": dataset, "attack": attack, "metric": metric}
+        row = {**where, "metric": metric}
         numbers = {
             "right": accuracy.right,
             "n": accuracy.n,
@@ -120,7 +146,8 @@ def summarise(params: Params, rows: pd.DataFrame, curve: pd.DataFrame) -> dict[s
     """The handful of numbers that `dvc metrics` and `dvc exp show` compare."""
     summary: dict[str, object] = {}
     for dataset in params.datasets:
-        own = rows[rows.dataset == dataset].set_index(["attack", "metric"]).accuracy
+        table = (rows.dataset == dataset) & rows.attack.isin(TABLE_ATTACKS)
+        own = rows[table].set_index(["attack", "metric"]).accuracy
         summary[dataset] = {
             "bare_natural": own["pgd", "natural"],
             "bare_pgd": own["pgd", "adversarial"],

@@ -5,10 +5,11 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
+from stages.artifacts import AttackResult
 from stages.console import console
 from stages.files import write_text
 from stages.params import Params
-from stages.rows import Accuracy
+from stages.rows import Accuracy, accuracies, energy_of
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 FULL_SCALE = {1: ("cifar10",), 2: ("cifar10",), 3: ("svhn", "cifar100")}
@@ -34,7 +35,7 @@ def cell(rows: pd.DataFrame, dataset: str, attack: str, metric: str) -> str:
     if found.empty:
         return NOT_RUN
     row = found.iloc[0]
-    return f"{Accuracy(int(row.right), int(row.n))} n={row.n}"
+    return f"{Accuracy(row.right, int(row.n))} n={row.n}"
 
 
 def summary_table(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> str:
@@ -163,6 +164,75 @@ def write_table(out: Path, number: int, table: pd.DataFrame, caption: str) -> No
 
 def _escape(text: str) -> str:
     return text.replace("%", r"\%").replace("_", r"\_")
+
+
+ATTACK_METRICS = {
+    "Algorithm 1": "adversarial",
+    "mean logits": "adversarial_afresh",
+    "average": "adversarial_afresh_average",
+    "majority": "adversarial_afresh_majority",
+    "worst": "adversarial_afresh_worst",
+}
+HOW_TO_READ = """\
+Accuracy [95 % Wilson interval]. *Algorithm 1*: right when clean and never broken on the way, each
+break verified by all H_def replicas. The other columns judge the saved images once more, with
+fresh noise: *mean logits* over H_def replicas (the paper's F_H); *average*, *majority* and *worst*
+of {draws} single replicas. An attacked image counts only if the mean logits were right about its
+clean image.
+"""
+
+
+def attack_lines(results: list[AttackResult], draws: int) -> pd.DataFrame:
+    """One line for each attack, beneath one for the natural images of each defense."""
+    lines: list[dict[str, object]] = []
+    seen: set[tuple[object, ...]] = set()
+    for result in results:
+        about, found = result.about, accuracies(result, draws)
+        energy = energy_of(about)
+        about = {**about, "loss": str(about.get("loss", "-")).replace("_", " ")}
+        head = {"dataset": about["dataset"], "energy": energy, "K": about.get("K", 0)}
+        if tuple(head.values()) not in seen:
+            seen.add(tuple(head.values()))
+            natural = {"attack": "(natural images)", "n": found["natural"].n}
+            natural |= dict.fromkeys(("rule", "gradient", "loss", "N"), "-")
+            natural["Algorithm 1"] = "-"
+            for column, metric in list(ATTACK_METRICS.items())[1:]:
+                name = metric.replace("adversarial_afresh", "natural")
+                natural[column] = _short(found[name])
+            lines.append({**head, **natural, "flags": ""})
+        line = {"attack": about["attack"]}
+        line |= {column: about.get(column, "-") for column in ("rule", "gradient", "loss")}
+        line |= {"N": about["steps"], "n": found["adversarial"].n}
+        line |= {column: _short(found[metric]) for column, metric in ATTACK_METRICS.items()}
+        lines.append({**head, **line, "flags": "; ".join(about.get("flags", []))})
+    return pd.DataFrame(lines)
+
+
+def _short(accuracy: Accuracy) -> str:
+    low, high = accuracy.interval
+    return f"{accuracy.value:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def show_attacks(results: list[AttackResult], draws: int) -> None:
+    """The lines of some attacks in the terminal, their flags beneath."""
+    lines = attack_lines(results, draws)
+    show(lines.drop(columns=["dataset", "flags"]), HOW_TO_READ.format(draws=draws).strip())
+    for _, line in lines[lines["flags"] != ""].iterrows():
+        console.print(f"flag, {line.attack}: {line['flags']}", markup=False, soft_wrap=True)
+
+
+def write_attacks(results: list[AttackResult], draws: int, findings: list[str], out: Path) -> None:
+    """All attacks as CSV and Markdown; flags and findings beneath."""
+    lines = attack_lines(results, draws)
+    write_text(out / "attacks.csv", lines.to_csv(index=False, lineterminator="\n"))
+    table = lines.drop(columns=["flags"]).to_markdown(index=False, disable_numparse=True)
+    flags = [
+        f"- {line.dataset}, {line.energy}, {line.attack}: {line['flags']}"
+        for _, line in lines[lines["flags"] != ""].iterrows()
+    ]
+    parts = [HOW_TO_READ.format(draws=draws), table, "", "Flags:", "", *(flags or ["- none"])]
+    parts += ["", "Findings:", "", *(f"- {finding}" for finding in findings), ""]
+    write_text(out / "attacks.md", "\n".join(parts))
 
 
 def show(table: pd.DataFrame, caption: str) -> None:

@@ -2,6 +2,7 @@
 
 `adam` starts from noise. `convergent` goes on from its end with SGD, `nonconvergent` with the same
 Adam for as many batches: the paper's two models (Hill et al. 2021, Sections 2 and 4.1).
+`smooth_adam` and `smooth_convergent` train an energy whose chains have gradients to attack.
 """
 
 import math
@@ -22,7 +23,7 @@ from stages.energies import new_energy
 from stages.engine import choose_chain
 from stages.files import write_csv
 from stages.hardware import Hardware
-from stages.params import PHASES, Params
+from stages.params import PHASES, SMOOTH, Params
 from stages.resume import Scratch, Stopwatch
 
 ROW_EVERY = 10  # batches between two rows of the history
@@ -44,10 +45,11 @@ def run(
     if phase not in PHASES:
         raise StageError(f"phase: expected one of {list(PHASES)}, got {phase!r}")
     trainer = make_trainer(params, dataset, phase, hardware, images)
-    inputs = [images] if phase == "adam" else [images, start]
-    if phase != "adam":
-        go_on_from_phase_1(trainer, dataset, start, hardware)
-    total = params.ebm.adam_batches if phase == "adam" else params.ebm.sgd_batches
+    first = phase.removeprefix(SMOOTH) == "adam"
+    inputs = [images] if first else [images, start]
+    if not first:
+        go_on_from_phase_1(trainer, phase_before(phase), dataset, start, hardware)
+    total = params.ebm.adam_batches if first else params.ebm.sgd_batches
 
     def key(p: Params) -> object:
         return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset]
@@ -97,10 +99,10 @@ def make_trainer(
             f"ebm.batch: expected <= {len(data)} training images, got {params.ebm.batch}"
         )
     torch.manual_seed(params.seed)  # weight initialization takes no generator
-    energy = new_energy(params, dataset).to(device)
+    energy = new_energy(params, dataset, phase).to(device)
     generator = make_generator(params.seed, "ebm", dataset, phase, device=device)
     bank = ImageBank.uniform(data.shape, generator=generator)
-    sgd = phase == "convergent"
+    sgd = phase.removeprefix(SMOOTH) == "convergent"
     config = EBMTrainConfig(
         optimizer="sgd" if sgd else "adam",
         learning_rate=section.sgd_lr if sgd else section.adam_lr,
@@ -113,9 +115,16 @@ def make_trainer(
     return EBMTrainer(energy, data, bank, config, generator=generator, chain=chain)
 
 
-def go_on_from_phase_1(trainer: EBMTrainer, dataset: str, start: Path, hardware: Hardware) -> None:
+def phase_before(phase: str) -> str:
+    """The phase whose state a phase goes on from."""
+    return f"{SMOOTH}adam" if phase.startswith(SMOOTH) else "adam"
+
+
+def go_on_from_phase_1(
+    trainer: EBMTrainer, before: str, dataset: str, start: Path, hardware: Hardware
+) -> None:
     """Weights and bank go on; with Adam, so does the optimizer. Noise and the count begin anew."""
-    state = load_state(start, f"`stochsec train-ebm {dataset} adam`", hardware.device)
+    state = load_state(start, f"`stochsec train-ebm {dataset} {before}`", hardware.device)
     state["generator"] = trainer.generator.get_state()
     state["batches_done"] = 0
     if trainer.config.optimizer == "sgd":

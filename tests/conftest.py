@@ -9,6 +9,9 @@ from torch import Generator, Tensor, nn
 from defense.classifier import WideResNet
 from defense.energy import ConvEnergy
 from defense.inference import freeze
+from tests.digits_model import digits_model, smooth_digits_model
+
+__all__ = ["digits_model", "smooth_digits_model"]
 
 
 class QuadraticEnergy(nn.Module):

@@ -51,7 +51,7 @@ def test_code_runs(code: str, tmp_path: Path) -> None:
     paths = Paths("digits", "digits", tmp_path)
     params = load_params(ROOT / "params.yaml")
     save_weights(paths.model("classifier"), new_classifier(params, "digits"))
-    save_weights(paths.model("ebm_convergent"), new_energy(params, "digits"))
+    save_weights(paths.model("ebm_convergent"), new_energy(params, "digits", "convergent"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
     section = params.data["digits"]

@@ -23,10 +23,15 @@ STAGES = [
     "train-ebm digits adam",
     "train-ebm digits convergent",
     "train-ebm digits nonconvergent",
+    "train-ebm digits smooth_adam",
+    "train-ebm digits smooth_convergent",
     "attack digits pgd",
     "attack digits transfer_K_short",
     "attack digits transfer_K",
     "attack digits bpda_eot",
+    "evaluate digits",
+    "evaluate digits smooth_convergent",
+    "active-test digits",
     "compare digits",
     "diagnose digits",
     "report",
@@ -215,4 +220,6 @@ def test_what_is_missing_or_broken_is_one_line(folder: Path, words: str, message
 def test_weights_of_another_network_are_refused(folder: Path) -> None:
     result = command(f"attack digits pgd --classifier {PATHS.model('ebm_adam')}")
     assert result.exit_code == 2
-    assert "weights do not fit WideResNet" in " ".join(result.output.split())
+    assert "expected the weights of a WideResNet, got a ConvEnergy" in " ".join(
+        result.output.split()
+    )

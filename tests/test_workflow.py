@@ -1,6 +1,7 @@
 """The graph against the source: imports, homes of packages, dependencies, parameters, paths."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 
 from stages import presets
 from stages.files import Paths
+from stages.params import EVALUATED, PHASES
 
 ROOT = Path(__file__).parent.parent
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -34,15 +36,18 @@ HOMES = {
     "torchvision": {"stages/prepare_data.py"},
     "sklearn": {"stages/prepare_data.py"},
     "PIL": {"stages/prepare_data.py"},
-    "scipy": {"stages/rows.py"},
+    "scipy": {"defense/verdict.py"},
     "ruamel": {"stages/presets.py"},
     "dvc": set(),
 }
 LAYERS = [
-    {"rng", "pixels", "precision", "threat", "bank", "inference", "classifier", "energy"},
-    {"langevin", "classifier_training", "written_gradient"},
-    {"compiled", "ebm_training", "eot", "attack"},
-    {"diagnostics"},
+    {"rng", "pixels", "precision", "threat", "bank", "inference", "classifier", "energy", "losses"},
+    {"langevin", "classifier_training", "written_gradient", "step_rules"},
+    {"compiled", "ebm_training", "chain_gradient"},
+    {"eot", "written_hessian"},
+    {"verdict"},
+    {"attack", "diagnostics"},
+    {"plain_attack", "active_test"},
 ]
 
 
@@ -108,6 +113,7 @@ def test_every_package_has_its_home(path: str) -> None:
 
 def test_the_library_knows_no_files_and_no_workflow() -> None:
     allowed = {"torch", "defense", "collections", "dataclasses", "typing", "math", "hashlib"}
+    allowed |= {"scipy", "warnings"}
     allowed |= {"contextlib", "functools", "itertools", "concurrent", "threading", "copy", "os"}
     for path in sources():
         if path.startswith("defense/"):
@@ -128,19 +134,30 @@ def test_imports_in_the_library_go_one_way() -> None:
 def test_paths_in_the_graph_are_those_of_the_code() -> None:
     paths = Paths("RUN", "SET")
     known = {str(paths.images), str(paths.checked), "artifacts/RUN/records", "reports/RUN"}
-    names = ("classifier", "ebm_adam", "ebm_convergent", "ebm_nonconvergent")
+    names = ("classifier", *(f"ebm_{phase}" for phase in PHASES))
     known |= {str(paths.model(name)) for name in names}
     known |= {str(paths.state(name)) for name in names[1:]}
     known |= {str(paths.history(name)) for name in names}
-    records = ("pgd", "transfer_K_short", "transfer_K", "bpda_eot", "compare", "diagnose")
+    records = (
+        "pgd",
+        "transfer_K_short",
+        "transfer_K",
+        "bpda_eot",
+        "compare",
+        "diagnose",
+        "active_test",
+    )
     known |= {str(paths.record(name)) for name in records}
+    known |= {str(paths.evaluation(energy)) for energy in EVALUATED}
     stated: set[str] = set()
     for stage in GRAPH.values():
         for entry in [*stage["deps"], *stage["outs"]]:
             path = next(iter(entry)) if isinstance(entry, dict) else entry
-            for chain in ("K", "K_short"):
-                filled = path.replace("${run}", "RUN").replace("${item.dataset}", "SET")
-                stated.add(filled.replace("${item.chain}", chain))
+            filled = path.replace("${run}", "RUN").replace("${item.dataset}", "SET")
+            for chain, energy in itertools.product(("K", "K_short"), EVALUATED):
+                filled_in = filled.replace("${item.chain}", chain)
+                stated.add(filled_in.replace("${item.energy}", energy))
+    assert GRAPH["evaluate"]["matrix"]["energy"] == list(EVALUATED)
     assert {path for path in stated if "RUN" in path} == known
 
 

@@ -8,10 +8,21 @@ from typer.testing import CliRunner, Result
 from stages import presets
 from stages.cli import app
 
+
+def named(rule: str, gradient: str, **others: Any) -> dict[str, Any]:
+    """One entry of evaluate.attacks."""
+    usual = {"loss": "cross_entropy", "steps": 2, "restarts": 1, "scale": 1}
+    return {"rule": rule, "gradient": gradient, **usual, **others}
+
+
 TINY: dict[str, Any] = {
     "run": "tiny",
     "classifier": {"depth": 10, "width": 1},
-    "energy": {"width": 4, "activation": "leaky_relu"},
+    "energy": {
+        "width": 4,
+        "activation": "leaky_relu",
+        "smooth_activation": "smooth_leaky_relu",
+    },
     "ebm": {"batch": 20, "steps": 3, "adam_batches": 20, "sgd_batches": 20, "precision": "float32"},
     "langevin": {"K": 4, "K_short": 2, "H_adv": 2, "H_def": 5, "precision": "float32"},
     "attack": {
@@ -19,9 +30,25 @@ TINY: dict[str, Any] = {
         "eps_255": 48,
         "step_255": 12,
         "shard": 5,
+        "verification": {"early": False, "error": 1e-3},
         "pgd": {"images": 12, "steps": 3, "restarts": 1},
         "transfer": {"images": 10, "replicas": 3},
         "bpda_eot": {"images": 8, "steps": 2, "restarts": 2},
+    },
+    "evaluate": {
+        "images": 7,
+        "draws": 3,
+        "softness": 0.01,
+        "active_test": {"images": 3, "attack": "identity", "points": 20},
+        "attacks": {
+            "identity": named("pgd", "identity"),
+            "exact": named("pgd", "exact"),
+            "smoothed": named("pgd", "smoothed", loss="dlr"),
+            "apgd": named("apgd", "exact", loss="margin"),
+            "square": named("square", "none", steps=5),
+            "no_attack": named("noise", "none", scale=0),
+            "huge": named("pgd", "identity", scale=4),
+        },
     },
     "compare": {
         "K": [0, 3, 6],

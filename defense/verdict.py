@@ -1,0 +1,157 @@
+"""Right or wrong, when the answer is drawn anew each time: four metrics, one sequential test.
+
+| metric        | an image counts as right if                                                    |
+|---------------|--------------------------------------------------------------------------------|
+| mean logits   | the mean logits over H replicas say so (Hill et al. 2021, eq. 6)               |
+| average-of-N  | by the share of N single replicas that say so                                  |
+| majority-of-N | more of N replicas say so than name any other class                            |
+| worst-of-N    | all of N replicas say so                                                       |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+from defense.eot import EOTDefense
+
+METRICS = ("mean_logits", "average", "majority", "worst")
+
+NO_CLASS = -1
+"""Predicted class where logits are not finite."""
+
+
+def is_right(logits: Tensor, y: Tensor) -> Tensor:
+    """(B,) bool: the prediction is y. Logits that are not finite are never right."""
+    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+
+
+def replica_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """(R,B,classes): the replicas of a defense, or a network's only answer."""
+    return model.replica_logits(x) if isinstance(model, EOTDefense) else model(x)[None]
+
+
+def classes_of(replica_logits: Tensor) -> Tensor:
+    """What each replica says: (R,B,classes) -> (B,R) int16, `NO_CLASS` if it is no number."""
+    finite = torch.isfinite(replica_logits).all(2)
+    said = replica_logits.argmax(2)
+    return torch.where(finite, said, NO_CLASS).T.to(torch.int16).contiguous()
+
+
+def scores(logits: Tensor, classes: Tensor, y: Tensor, draws: int) -> dict[str, Tensor]:
+    """Each of `METRICS` for each image, (B,) float in [0, 1].
+
+    ``logits`` (B, classes) are the mean, ``classes`` (B,R) the replicas' own, of which the first
+    ``draws`` are N. With fewer replicas than that, N is what there is.
+    """
+    said = classes[:, :draws].long()
+    votes = said == y[:, None]
+    rivals = torch.where(votes | (said == NO_CLASS), logits.shape[1], said)
+    counts = torch.zeros(len(y), logits.shape[1] + 1, dtype=torch.int64, device=y.device)
+    counts.scatter_add_(1, rivals, torch.ones_like(rivals))
+    return {
+        "mean_logits": is_right(logits, y).double(),
+        "average": votes.double().mean(1),
+        "majority": (votes.sum(1) > counts[:, :-1].amax(1)).double(),
+        "worst": votes.all(1).double(),
+    }
+
+
+def clear_verdict(replica_logits: Tensor, y: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Is the mean-logit verdict beyond doubt after R replicas? (wrong, right), both (B,) bool.
+
+    ``replica_logits`` (R,B,classes), R >= 2. Differences to the right logit are tested one by one
+    with Student's t at ``level`` (the total one, shared among the wrong classes): wrong if one is
+    clearly positive, right if all are clearly negative.
+    """
+    count, _, classes = replica_logits.shape
+    label = y.view(1, -1, 1).expand(count, -1, 1)
+    differences = replica_logits - replica_logits.gather(2, label)
+    mean, spread = differences.mean(0), differences.std(0) / count**0.5
+    edge = float(student.ppf(1.0 - level / (classes - 1), count - 1)) * spread
+    others = torch.ones_like(mean, dtype=torch.bool).scatter(1, y[:, None], False)
+    wrong = ((mean > edge) & others).any(1)
+    right = ((mean < -edge) | ~others).all(1)
+    return wrong, right
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Verdicts that stop before all H replicas are drawn where they are clear already.
+
+    Looks after ``first`` replicas and whenever their number has doubled, each at an equal share of
+    ``error``. For normal logit differences the probability of an early verdict that infinitely
+    many replicas would contradict is at most ``error``; an image that stays in doubt gets the
+    verdict of all H. The idea is Cohen et al.'s (2019) abstention, for mean logits.
+    """
+
+    error: float
+    first: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.error < 1.0:
+            raise ValueError(f"error: expected between 0 and 1, got {self.error}")
+        if self.first < 2:
+            raise ValueError(f"first: expected >= 2, got {self.first}")
+
+    def looks(self, replicas: int) -> list[int]:
+        """Numbers of replicas after which a verdict may fall early."""
+        looks, count = [], self.first
+        while count < replicas:
+            looks.append(count)
+            count *= 2
+        return looks
+
+    def verdicts(
+        self, draw: Callable[[Tensor, int], Tensor], y: Tensor, replicas: int
+    ) -> tuple[Tensor, Tensor]:
+        """Wrong or not, (B,) bool, and the replicas drawn, (B,) int64, at most ``replicas`` each.
+
+        ``draw`` (images (b,) int64, count) -> fresh replicas' logits (count,b,classes) for these.
+        """
+        looks, doubtful = self.looks(replicas), torch.arange(len(y), device=y.device)
+        verdict, spent = torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y)
+        before, drawn = 0, torch.empty(0)
+        for count in [*looks, replicas]:
+            more = draw(doubtful, count - before)
+            drawn = torch.cat([drawn, more]) if before else more
+            before = count
+            spent[doubtful] = count
+            if count == replicas:
+                verdict[doubtful] = ~is_right(drawn.mean(0), y[doubtful])
+                break
+            level = self.error / len(looks)
+            wrong, right = clear_verdict(drawn, y[doubtful], level)
+            verdict[doubtful] = wrong
+            doubt = ~(wrong | right)
+            doubtful, drawn = doubtful[doubt], drawn[:, doubt]
+            if len(doubtful) == 0:
+                break
+        return verdict, spent
+
+    def replayed(self, replica_logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`verdicts` on replicas (H,B,classes) that are there already."""
+        done = torch.zeros_like(y)
+
+        def draw(images: Tensor, count: int) -> Tensor:
+            first = int(done[images[0]]) if len(images) else 0
+            done[images] += count
+            return replica_logits[first : first + count, images]
+
+        return self.verdicts(draw, y, len(replica_logits))
+
+
+def wrong(
+    model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None = None
+) -> tuple[Tensor, Tensor]:
+    """The mean logits are not y's, (B,) bool; replicas that each verdict took, (B,) int64."""
+    if sequential is None or not isinstance(model, EOTDefense):
+        replicas = replica_logits(model, x)
+        return ~is_right(replicas.mean(0), y), torch.full_like(y, len(replicas))
+
+    def more(images: Tensor, count: int) -> Tensor:
+        return model.replica_logits(x[images], replicas=count)
+
+    return sequential.verdicts(more, y, model.replicas)

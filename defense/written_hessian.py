@@ -1,0 +1,101 @@
+"""H(x) v for the Hessian of a `ConvEnergy`, written out: the tangent of its written gradient.
+
+`defense.chain_gradient.hessian_product` is the plain reference, any energy's, by autograd twice.
+Here image and direction go through the same convolutions side by side, forward and back, at twice
+the cost of a gradient. Activations are (N,S,S,C) inside, as in `WrittenGradient`.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from defense.chain_gradient import HessianProduct
+from defense.compiled import images_at_once
+from defense.energy import ConvEnergy, SmoothLeakyReLU
+from defense.written_gradient import WrittenGradient
+
+Bend = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""First and second derivative of an activation at h."""
+
+
+def bend_of(activation: nn.Module) -> Bend | None:
+    """Derivatives of `defense.energy.ACTIVATIONS`; None for one that is piecewise linear."""
+    if isinstance(activation, nn.LeakyReLU):
+        return None
+    if isinstance(activation, SmoothLeakyReLU):
+        s, e = activation.negative_slope, activation.softness
+
+        def smooth_leaky_relu(h: Tensor) -> tuple[Tensor, Tensor]:
+            inverse = (h * h + e).rsqrt()
+            slope = 0.5 * (1.0 + s) + 0.5 * (1.0 - s) * h * inverse
+            return slope, 0.5 * (1.0 - s) * e * inverse**3
+
+        return smooth_leaky_relu
+    if isinstance(activation, nn.SiLU):
+
+        def silu(h: Tensor) -> tuple[Tensor, Tensor]:
+            gate = h.sigmoid()
+            change = gate * (1.0 - gate)
+            return gate + h * change, change * (2.0 + h * (1.0 - 2.0 * gate))
+
+        return silu
+    if isinstance(activation, nn.Softplus):
+        beta = float(activation.beta)
+
+        def softplus(h: Tensor) -> tuple[Tensor, Tensor]:
+            gate = (beta * h).sigmoid()
+            return gate, beta * gate * (1.0 - gate)
+
+        return softplus
+    raise ValueError(f"activation: expected one with a written-out bend, got {activation}")
+
+
+class WrittenHessian(WrittenGradient):
+    """H(x) v of a `ConvEnergy` with the weights that it has now, in float32.
+
+    ``like`` are images (N,C,S,S) like those that it will be given, at most N at a time; ``times``
+    is how often it will be asked. The images go through the network in pieces, as in the chain.
+    """
+
+    def __init__(self, energy: ConvEnergy, like: Tensor, times: int) -> None:
+        most = images_at_once(energy, "float32", like.device) // 2
+        self.most = max(1, min(len(like), most))
+        super().__init__(energy, [2 * self.most, *like.shape[1:]], torch.float32, times)
+        convolutions = cast(list[nn.Conv2d], energy.layers[:-1:2])
+        self.biases = [cast(Tensor, conv.bias).detach() for conv in convolutions]
+        self.bend = bend_of(energy.layers[1])
+
+    @torch.no_grad()
+    def product(self, x: Tensor, v: Tensor) -> Tensor:
+        """H(x) v: x, v (N,C,S,S) float32 -> the same shape."""
+        if self.bend is None:
+            return torch.zeros_like(v)
+        parts = zip(x.split(self.most), v.split(self.most), strict=True)
+        return torch.cat([self._product(*part, self.bend) for part in parts])
+
+    def _product(self, x: Tensor, v: Tensor, bend: Bend) -> Tensor:
+        """Side by side: value and tangent of every layer on the way up, of its gradient back."""
+        count, kept = len(x), []
+        pair = torch.cat([x, v])
+        for (forward, _), bias in zip(self.layers, self.biases, strict=True):
+            pair = forward(pair)
+            h, tangent = pair[:count], pair[count:].sub_(bias)
+            slope, second = bend(h)
+            kept.append((slope, second * tangent))
+            pair = torch.cat([self.slope.forward(h), slope * tangent])
+        g, g_tangent = self.last[:count], torch.zeros_like(self.last[:count])
+        for (_, backward), (slope, change) in zip(
+            reversed(self.layers), reversed(kept), strict=True
+        ):
+            both = backward(torch.cat([g * slope, g_tangent * slope + g * change]))
+            g, g_tangent = both[:count], both[count:]
+        return g_tangent
+
+
+def written_product(energy: nn.Module, like: Tensor, times: int) -> HessianProduct:
+    """The fast `defense.chain_gradient.autograd_product`, of a `ConvEnergy` only."""
+    if not isinstance(energy, ConvEnergy):
+        raise ValueError(f"energy: expected a ConvEnergy, got {type(energy).__name__}")
+    return WrittenHessian(energy, like, times).product

@@ -1,0 +1,94 @@
+"""Stage 7: would an attack find an adversarial image that is known to be there?"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from defense.active_test import PlantConfig, plant
+from defense.attack import NEVER, run_attack
+from defense.eot import EOTDefense
+from defense.pixels import from_bytes
+from defense.rng import make_generator
+from stages.artifacts import load_images, save_tensors
+from stages.attack import Files, configure
+from stages.console import Track, say
+from stages.hardware import Hardware
+from stages.models import Nets, threat
+from stages.params import NamedAttack, Params
+from stages.resume import Scratch
+
+
+def run(params: Params, dataset: str, hardware: Hardware, files: Files, out: Path) -> None:
+    """Plant a point in the ball of each image and attack it (Zimmermann et al. 2022)."""
+    section = params.evaluate.active_test
+    named = params.evaluate.attacks[section.attack]
+    nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
+    data = load_images(files.images, "test", params.dataset(dataset), section.images)
+    inputs = [files.images, files.classifier, files.energy]
+    about: dict[str, object] = {"run": params.run, "dataset": dataset}
+    about |= {**section.model_dump(), **params.conditions(section.attack)}
+
+    def key(p: Params) -> object:
+        evaluate, attack, data = p.evaluate.active_test, p.attack.verification, p.data[dataset]
+        return p.seed, evaluate, p.conditions(evaluate.attack), attack, data
+
+    rows: list[dict[str, Tensor]] = []
+    with (
+        Scratch(f"active-test-{dataset}", params, key, inputs, hardware) as scratch,
+        Track(f"active test {dataset}", len(data.labels), unit="images") as track,
+    ):
+        for place, image in enumerate(from_bytes(data.images).split(1)):
+            work = partial(hide_and_seek, nets, named, place, image.to(hardware.device))
+            rows.append(scratch.piece(f"{place:05d}", work))
+            track.advance(watch=seen_so_far(rows))
+        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        save_tensors(out, tensors, {**about, **hardware.conditions()})
+        scratch.done()
+    say(f"active test {dataset}, {section.attack}: {seen_so_far(rows)}")
+
+
+def seen_so_far(rows: list[dict[str, Tensor]]) -> str:
+    """Found of planted."""
+    planted = sum(bool(row["planted"]) for row in rows)
+    return f"found {sum(bool(row['found']) for row in rows)} of {planted} planted"
+
+
+def hide_and_seek(nets: Nets, named: NamedAttack, place: int, x: Tensor) -> dict[str, Tensor]:
+    """One image (1,C,H,W): was a point planted, did the attack find one, how often does chance?"""
+    params, langevin = nets.params, nets.params.langevin
+    section = params.evaluate.active_test
+
+    def defend(network: nn.Module, purpose: str) -> EOTDefense:
+        theirs = replace(nets, classifier=network)
+        seeking = purpose == "seek"
+        return theirs.defense(
+            langevin.K,
+            langevin.H_adv if seeking else langevin.H_def,
+            f"active/{place}/{purpose}",
+            named.mode() if seeking else "identity",
+        )
+
+    generator = make_generator(params.seed, nets.dataset, "active", place, device=x.device)
+    config = PlantConfig(
+        threat(params, named.scale), inner_points=section.points, replicas=section.points
+    )
+    planted = plant(nets.classifier, defend, x, config, generator=generator)
+    found, hits = False, 0.0
+    if planted is not None:
+        record = run_attack(
+            defend(planted.readout, "seek"),
+            defend(planted.readout, "judge"),
+            x,
+            torch.zeros(1, dtype=torch.int64, device=x.device),
+            configure(params, named),
+            generator=generator,
+        )
+        found, hits = bool(record.broken_at != NEVER), planted.random_hits
+    return {
+        "planted": torch.tensor(planted is not None),
+        "found": torch.tensor(found),
+        "random_hits": torch.tensor(hits),
+    }

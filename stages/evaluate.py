@@ -1,0 +1,55 @@
+"""Stage 6: every attack of an evaluation on the defense with one energy."""
+
+import shutil
+from pathlib import Path
+
+from defense.chain_gradient import has_corners
+from stages import attack
+from stages.artifacts import AttackResult
+from stages.console import say
+from stages.energies import load_energy
+from stages.hardware import Hardware
+from stages.params import TRANSFER, Params
+from stages.resume import Scratch
+
+
+def run(
+    params: Params,
+    dataset: str,
+    hardware: Hardware,
+    files: attack.Files,
+    out: Path,
+    *,
+    afresh: bool = False,
+) -> list[AttackResult]:
+    """Transferred images and the attacks of params.yaml, one record each in the folder ``out``.
+
+    Corners of an energy that has none are not smoothed: such an attack is left out.
+    """
+    corners = has_corners(load_energy(params, dataset, hardware, files.energy))
+    names = [TRANSFER]
+    for name, named in params.evaluate.attacks.items():
+        if named.gradient == "smoothed" and not corners:
+            say(f"{name} {dataset}: left out, {files.energy.stem} has no corners to smooth")
+        else:
+            names.append(name)
+
+    def key(p: Params) -> object:
+        return [(name, p.conditions(name)) for name in names], p.seed, p.data[dataset], p.attack
+
+    inputs = [files.images, files.classifier, files.energy, files.pgd]
+    title = f"evaluate-{dataset}-{files.energy.stem}"
+    results: dict[str, AttackResult] = {}
+    with Scratch(title, params, key, inputs, hardware, afresh=afresh) as scratch:
+        for name in names:
+            scratch.check()
+            path = scratch.folder / f"{name}.safetensors"
+            if not path.exists():
+                attack.run(params, dataset, name, hardware, files, path, afresh=afresh)
+            results[name] = AttackResult.load(path)
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(scratch.folder, out)
+        scratch.done()
+    say(f"evaluate {dataset}: {out}")
+    return list(results.values())

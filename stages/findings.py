@@ -1,0 +1,94 @@
+"""What the attacks of one evaluation say together: controls, and who broke what."""
+
+import torch
+
+from defense.active_test import BELIEVED
+from stages.artifacts import AttackResult
+from stages.params import TRANSFER
+from stages.rows import count
+
+GRADIENT_FREE_MAY_WIN_BY = 0.002  # of accuracy, as in AutoAttack's own checks
+
+
+def findings(results: list[AttackResult]) -> list[str]:
+    """What the records of one evaluation say together, in words; all attacks on one defense."""
+    by_name = {str(result.about["attack"]): result for result in results}
+    labels = results[0].images.labels
+    robust = {name: result.record.robust(labels) for name, result in by_name.items()}
+    scale = {name: float(result.about["eps_255"]) for name, result in by_name.items()}
+    usual = scale[TRANSFER]
+    guided = [name for name in by_name if _guided(by_name[name]) and scale[name] == usual]
+    blind = [name for name in by_name if not _guided(by_name[name]) and scale[name] == usual]
+    said = []
+    for name in by_name:
+        if scale[name] == 0:
+            clean = by_name[name].record.clean_correct(labels)
+            broken = int((clean & ~robust[name]).sum())
+            said.append(
+                f"false breaks: Algorithm 1 without any perturbation breaks {broken} of "
+                f"{int(clean.sum())} images ({name})"
+            )
+        if scale[name] > usual:
+            said.append(_at_huge_eps(name, by_name[name], robust[name]))
+    if guided and blind:
+        said.append(_gradient_free(robust, guided, blind))
+    together = torch.stack([robust[name] for name in (*guided, *blind)]).all(0)
+    said.append(f"robust to every attack of this radius: {count(together)} n={len(labels)}")
+    said.append(_verification(results))
+    cost = results[0].about.get("cost")
+    if cost:
+        said.append(f"one defended prediction costs {cost:,.0f} times a bare one (multiplications)")
+    return said
+
+
+def active_test(tensors: dict[str, torch.Tensor], about: dict[str, object]) -> str:
+    """Did the attack find what was planted in the ball? Zimmermann et al. (2022) ask for 95 %."""
+    planted, found = tensors["planted"], tensors["found"]
+    share = count(found[planted])
+    hits = float(tensors["random_hits"][planted].mean())
+    text = (
+        f"active test: attack {about['attack']} finds {int(share.right)} of {share.n} planted "
+        f"images {share}; random points of the ball find one in {hits:.2%} of tries"
+    )
+    return (
+        text if share.value >= BELIEVED else f"FLAG: {text}; at least {BELIEVED:.0%} is asked for"
+    )
+
+
+def _guided(result: AttackResult) -> bool:
+    return result.about.get("gradient") in ("identity", "exact", "smoothed")
+
+
+def _at_huge_eps(name: str, result: AttackResult, robust: torch.Tensor) -> str:
+    """Does accuracy fall to chance where everything is allowed?"""
+    classes, accuracy = result.record.clean_logits.shape[1], count(robust)
+    text = f"at eps = {result.about['eps_255']:g}/255 ({name}) accuracy is {accuracy}"
+    if accuracy.interval[0] > 1 / classes:
+        return f"FLAG: {text}, above chance: the attack does not find what must be there"
+    return f"{text}: chance or less, as it should be"
+
+
+def _gradient_free(robust: dict[str, torch.Tensor], guided: list[str], blind: list[str]) -> str:
+    """Gradient-free attacks must not be the stronger ones, nor break what gradients cannot."""
+    survivors = torch.stack([robust[name] for name in guided]).all(0)
+    strongest = min(guided, key=lambda name: float(robust[name].float().mean()))
+    limit = float(robust[strongest].float().mean()) - GRADIENT_FREE_MAY_WIN_BY
+    winners = [name for name in blind if float(robust[name].float().mean()) < limit]
+    missed = {name: int((survivors & ~robust[name]).sum()) for name in blind}
+    text = "images that no gradient attack broke but others did: " + ", ".join(
+        f"{name} {number}" for name, number in missed.items()
+    )
+    if winners:
+        return f"FLAG: {', '.join(winners)} beats every gradient attack; {text}"
+    return f"the strongest attack with gradients is {strongest}; {text}"
+
+
+def _verification(results: list[AttackResult]) -> str:
+    """What the sequential test would have saved, and whether it says what all replicas say."""
+    early = torch.cat([result.record.early for result in results]).double()
+    replicas = results[0].record.adversarial_classes.shape[1]
+    return (
+        f"sequential verification of the saved images: {float(early[:, 0].mean()):.0f} of "
+        f"{replicas} replicas on average, the verdict of all of them in "
+        f"{float(early[:, 1].mean()):.2%} of {len(early)}"
+    )

@@ -1,0 +1,42 @@
+"""What makes a number doubtful, found in its own record and said beside it."""
+
+import torch
+
+from defense.attack import NEVER
+from defense.verdict import is_right
+from stages.artifacts import AttackResult
+
+UNREPEATED = 0.05  # share of breaks that fresh noise may take back before it is said
+
+
+def flags_of(result: AttackResult) -> list[str]:
+    """The flags of one record, in words, from its tensors and conditions alone."""
+    record, about, labels = result.record, result.about, result.images.labels
+    flags = []
+    broken = record.broken_at != NEVER
+    attacked = ~record.losses.isnan().any(1)
+    gradient = about.get("gradient")
+    if gradient in ("exact", "smoothed") and attacked.any() and not record.through_chain.any():
+        flags.append("gradient is the identity: the energy is piecewise linear")
+    flat = float((record.flat_steps[attacked] > 0).float().mean()) if attacked.any() else 0.0
+    if flat > 0:
+        flags.append(f"zero gradients on {flat:.0%} of the attacked images")
+    if looks_like_probabilities(record.clean_logits):
+        flags.append("outputs look like probabilities, not logits")
+    if about.get("H_def") == 1:
+        flags.append("a stochastic defense judged by a single replica")
+    if broken.any():
+        unrepeated = float(is_right(record.adversarial_logits, labels)[broken].float().mean())
+        if unrepeated > UNREPEATED:
+            flags.append(f"{unrepeated:.0%} of the breaks do not repeat with fresh noise")
+    if gradient not in (None, "none") and attacked.any():
+        first, _, last = record.losses[attacked].unbind(1)
+        if float(last.mean()) <= float(first.mean()) and not broken.any():
+            flags.append("the loss did not rise")
+    return flags
+
+
+def looks_like_probabilities(logits: torch.Tensor) -> bool:
+    """(B, classes): all in [0, 1], and they sum to one."""
+    inside = bool(((logits >= 0) & (logits <= 1)).all())
+    return inside and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
