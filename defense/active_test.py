@@ -157,8 +157,8 @@ def plant(
     target = make_defense(readout, "verify")
     balls = threat.random_point(x.expand(config.random_points, -1, -1, -1), generator=generator)
     zeros = torch.zeros(len(balls), dtype=torch.int64, device=x.device)
-    hits, _ = wrong(target, balls, zeros, Sequential(error=1e-3))
-    found, _ = wrong(target, torch.cat([hidden, x]), zeros.new_zeros(2))
+    hits = wrong(target, balls, zeros, Sequential(error=1e-3))
+    found = wrong(target, torch.cat([hidden, x]), zeros.new_zeros(2))
     random_hits = float(hits.double().mean())
     if found.tolist() != [True, False] or random_hits > config.random_share:
         return None

@@ -23,10 +23,12 @@ from torch import Generator, Tensor, nn
 from defense.losses import LOSSES, Loss, cross_entropy, margin
 from defense.step_rules import RuleName, make_rule
 from defense.threat import ThreatModel
-from defense.verdict import Sequential, classes_of, is_right, replica_logits, wrong
+from defense.verdict import Answer, Sequential, answer, classes_of, is_right
 
 NEVER = -1
 """``broken_at`` of an image that no iterate broke."""
+
+NOT_MEASURED = -1
 
 SEQUENTIAL = Sequential(error=1e-3)
 
@@ -38,7 +40,7 @@ class AttackConfig:
     ``stop_at_break`` ends the work on an image at its first verified break (Algorithm 1). Without
     it every image, right or wrong when clean, goes through all steps and restarts. ``rule`` says
     where to look next (only "pgd" uses ``step_255``), ``loss`` what is to grow. With
-    ``verify_early`` the target stops at clear verdicts, by the ``sequential`` test.
+    ``early_verdicts`` the target draws no more replicas than the ``sequential`` test asks for.
     """
 
     threat: ThreatModel
@@ -49,7 +51,7 @@ class AttackConfig:
     rule: RuleName = "pgd"
     loss: Literal["cross_entropy", "margin", "dlr"] = "cross_entropy"
     sequential: Sequential = SEQUENTIAL
-    verify_early: bool = False
+    early_verdicts: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -62,14 +64,18 @@ class AttackConfig:
             raise ValueError(f"loss: expected one of {list(LOSSES)}, got {self.loss!r}")
         make_rule(self.rule, self.threat, self.steps, self.step_255, Generator())
 
+    def early(self) -> Sequential | None:
+        """The test by which the target may stop early, if it may."""
+        return self.sequential if self.early_verdicts else None
+
 
 @dataclass(frozen=True)
 class AttackRecord:
     """What an attack found on B images; every accuracy and the curve over steps follow from it."""
 
     adversarial: Tensor  # (B,C,H,W) pixels: the breaking iterate, else that of the largest margin
-    clean_logits: Tensor  # (B, classes) target on the clean image, mean over R replicas
-    clean_classes: Tensor  # (B,R) int16: what each of these replicas says by itself
+    clean_logits: Tensor  # (B, classes) target on the clean image, mean over its replicas
+    clean_classes: Tensor  # (B,R) int16: what each of R of these says by itself
     adversarial_logits: Tensor  # (B, classes) target on ``adversarial``, drawn afresh
     adversarial_classes: Tensor  # (B,R) int16
     broken_at: Tensor  # (B,) int64: updates before the first verified break, or NEVER
@@ -78,7 +84,7 @@ class AttackRecord:
     flat_steps: Tensor  # (B,) int64: steps at which the gradient was zero everywhere
     verified: Tensor  # (B,2) int64: suspects that the target judged, replicas that this took
     early: Tensor  # (B,2) int64: replicas that the sequential test needs for ``adversarial``, and
-    # whether it then says what all of them say (1) or not (0)
+    # whether it then says what all of them say (1), or not (0), or NOT_MEASURED
     through_chain: Tensor  # (B,) bool: the chain changed a gradient that went back through it
 
     def clean_correct(self, labels: Tensor) -> Tensor:
@@ -123,6 +129,90 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     return gradient, logits
 
 
+class Finds:
+    """What a search has found so far of images x (B,C,H,W); fields as in `AttackRecord`."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.adversarial = x.clone()
+        self.broken_at, self.restart = torch.full_like(y, NEVER), torch.full_like(y, NEVER)
+        self.losses = torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device)
+        self.flat_steps, self.verified = torch.zeros_like(y), y.new_zeros(len(y), 2)
+        self._margins = torch.full_like(x[:, 0, 0, 0], -torch.inf)
+
+    def unbroken(self) -> Tensor:
+        """(B,) bool."""
+        return self.broken_at == NEVER
+
+    def look(
+        self, active: Tensor, x_adv: Tensor, margins: Tensor, losses: Tensor, slope: Tensor | None
+    ) -> None:
+        """Iterates of images ``active`` (b,): keep the strongest, the losses, dead gradients."""
+        stronger = margins > self._margins[active]
+        self.adversarial[active[stronger]] = x_adv[stronger]
+        self._margins[active[stronger]] = margins[stronger].to(x_adv.dtype)
+        first, largest, _ = self.losses[active].unbind(1)
+        losses = losses.to(x_adv.dtype)
+        first = torch.where(first.isnan(), losses, first)
+        self.losses[active] = torch.stack([first, torch.fmax(largest, losses), losses], dim=1)
+        if slope is not None:
+            self.flat_steps[active] += (slope.flatten(1) == 0).all(1)
+
+    def strike(self, images: Tensor, step: int, restart: int) -> None:
+        """Verified breaks."""
+        self.broken_at[images], self.restart[images] = step, restart
+
+
+@torch.no_grad()
+def search(
+    surrogate: nn.Module,
+    target: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    right: Tensor,
+    config: AttackConfig,
+    *,
+    generator: Generator,
+    on_step: Callable[[int], None] | None = None,
+) -> Finds:
+    """The loops of Algorithm 1 over images x (B,C,H,W); ``right`` (B,): the clean verdicts.
+
+    The surrogate gives losses and gradients and points out suspects; only the target can declare a
+    break, all suspects of a step in one batch. A break is final. N updates make N + 1 iterates,
+    the random start and the last one included, and each is judged.
+    """
+    finds, loss = Finds(x, y), LOSSES[config.loss]
+    for restart in range(config.restarts):
+        rule = make_rule(config.rule, config.threat, config.steps, config.step_255, generator)
+        attacked = right & finds.unbroken() if config.stop_at_break else torch.ones_like(right)
+        active = attacked.nonzero().flatten()
+        x_adv = rule.start(x[active])
+        for step in range(config.steps + 1):
+            if len(active) == 0:
+                break
+            labels = y[active]
+            slope, losses, logits = ask(surrogate, x_adv, labels, loss, gradient=rule.asks_gradient)
+            finds.look(active, x_adv, margin(logits, labels), losses, slope)
+
+            # Suspects of the small sample are struck only if the large sample agrees.
+            suspects = ~is_right(logits, labels) & finds.unbroken()[active]
+            struck = torch.zeros_like(suspects)
+            if suspects.any():
+                verdict = answer(target, x_adv[suspects], labels[suspects], config.early())
+                struck[suspects] = ~is_right(verdict.logits, labels[suspects])
+                finds.verified[active[suspects], 0] += 1
+                finds.verified[active[suspects], 1] += verdict.drawn
+                finds.strike(active[struck], step, restart)
+
+            looked_at, x_adv = x_adv, rule.next(x_adv, losses, slope)
+            if config.stop_at_break and struck.any():
+                finds.adversarial[active[struck]] = looked_at[struck]
+                active, x_adv = active[~struck], x_adv[~struck]
+                rule.keep(~struck)
+            if on_step is not None:
+                on_step(int((right & finds.unbroken()).sum()))
+    return finds
+
+
 @torch.no_grad()
 def run_attack(
     surrogate: nn.Module,
@@ -136,122 +226,59 @@ def run_attack(
 ) -> AttackRecord:
     """Attack images x (B,C,H,W) in [0, 1] with labels y (B,); Hill et al. (2021), Algorithm 1.
 
-    The surrogate gives losses and gradients and points out suspects; only the target can declare a
-    break, all suspects of a step in one batch. A break is final. N updates make N + 1 iterates,
-    the random start and the last one included, and each is judged. Both models own their noise;
-    ``generator`` draws what the rule leaves to chance; ``on_step`` is told after every step how
-    many images are still robust.
+    Clean images are judged, then searched for breaks (`search`), then what was found is judged
+    again with fresh noise. Both models own their noise; ``generator`` draws what the rule leaves to
+    chance; ``on_step`` is told after every step how many images are still robust.
     """
-    clean = replica_logits(target, x)
-    right = is_right(clean.mean(0), y)
-    adversarial, loss = x.clone(), LOSSES[config.loss]
-    broken_at, broken_in = torch.full_like(y, NEVER), torch.full_like(y, NEVER)
-    best_margin = torch.full_like(x[:, 0, 0, 0], -torch.inf)
-    seen = torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device)
-    flat_steps, verified = torch.zeros_like(y), y.new_zeros(len(y), 2)
-
-    for restart in range(config.restarts):
-        rule = make_rule(config.rule, config.threat, config.steps, config.step_255, generator)
-        unbroken = right & (broken_at == NEVER)
-        attacked = unbroken if config.stop_at_break else torch.ones_like(unbroken)
-        active = attacked.nonzero().flatten()
-        x_adv = rule.start(x[active])
-        for step in range(config.steps + 1):
-            if len(active) == 0:
-                break
-            labels = y[active]
-            gradient, losses, logits = ask(
-                surrogate, x_adv, labels, loss, gradient=rule.asks_gradient
-            )
-
-            # What a later reader wants to know: the strongest iterate, the losses, dead gradients.
-            margins = margin(logits, labels).to(x.dtype)
-            stronger = margins > best_margin[active]
-            adversarial[active[stronger]] = x_adv[stronger]
-            best_margin[active[stronger]] = margins[stronger]
-            _remember(seen, active, losses.to(x.dtype))
-            if gradient is not None:
-                flat_steps[active] += (gradient.flatten(1) == 0).all(1)
-
-            # Suspects of the small sample are struck only if the large sample agrees.
-            suspects = ~is_right(logits, labels) & (broken_at[active] == NEVER)
-            struck = torch.zeros_like(suspects)
-            if suspects.any():
-                early = config.sequential if config.verify_early else None
-                verdict, spent = wrong(target, x_adv[suspects], labels[suspects], early)
-                struck[suspects] = verdict
-                verified[active[suspects], 0] += 1
-                verified[active[suspects], 1] += spent
-            broken_at[active[struck]] = step
-            broken_in[active[struck]] = restart
-            if config.stop_at_break:
-                adversarial[active[struck]] = x_adv[struck]
-
-            x_adv = rule.next(x_adv, losses, gradient)
-            if config.stop_at_break and struck.any():
-                active, x_adv = active[~struck], x_adv[~struck]
-                rule.keep(~struck)
-            if on_step is not None:
-                on_step(int((right & (broken_at == NEVER)).sum()))
-
+    clean = answer(target, x, y, config.early())
+    right = is_right(clean.logits, y)
+    finds = search(surrogate, target, x, y, right, config, generator=generator, on_step=on_step)
     moved = bool(getattr(surrogate, "chain_moved_gradient", False))
     return AttackRecord(
-        **_judged(target, adversarial, y, clean, config.sequential),
-        broken_at=broken_at,
-        restart=broken_in,
-        losses=seen,
-        flat_steps=flat_steps,
-        verified=verified,
+        **_judged(target, finds.adversarial, y, clean, config),
+        broken_at=finds.broken_at,
+        restart=finds.restart,
+        losses=finds.losses,
+        flat_steps=finds.flat_steps,
+        verified=finds.verified,
         through_chain=torch.full_like(right, moved),
     )
 
 
 def _judged(
-    target: nn.Module, adversarial: Tensor, y: Tensor, clean: Tensor, sequential: Sequential
+    target: nn.Module, adversarial: Tensor, y: Tensor, clean: Answer, config: AttackConfig
 ) -> dict[str, Tensor]:
-    """What a record says of the target: clean replicas (R,B,classes) and fresh ones."""
-    afresh = replica_logits(target, adversarial)
-    verdict, replicas = sequential.replayed(afresh, y)
-    agrees = verdict == ~is_right(afresh.mean(0), y)
+    """What a record says of the target: its answer on the clean images, and a fresh one."""
+    afresh = answer(target, adversarial, y, config.early())
+    needed, agrees = afresh.drawn, torch.full_like(y, NOT_MEASURED)
+    if not config.early_verdicts:
+        early = config.sequential.replayed(afresh.replicas, y)
+        needed = early.drawn
+        agrees = (is_right(early.logits, y) == is_right(afresh.logits, y)).to(y.dtype)
     return {
         "adversarial": adversarial,
-        "clean_logits": clean.mean(0),
-        "clean_classes": classes_of(clean),
-        "adversarial_logits": afresh.mean(0),
-        "adversarial_classes": classes_of(afresh),
-        "early": torch.stack([replicas, agrees.to(replicas.dtype)], dim=1),
+        "clean_logits": clean.logits,
+        "clean_classes": classes_of(clean.replicas),
+        "adversarial_logits": afresh.logits,
+        "adversarial_classes": classes_of(afresh.replicas),
+        "early": torch.stack([needed, agrees], dim=1),
     }
-
-
-def _remember(seen: Tensor, active: Tensor, losses: Tensor) -> None:
-    """First, largest and last loss of each active image, into the rows of ``seen`` (B,3)."""
-    first, largest, _ = seen[active].unbind(1)
-    first = torch.where(first.isnan(), losses, first)
-    seen[active] = torch.stack([first, torch.fmax(largest, losses), losses], dim=1)
 
 
 @torch.no_grad()
 def run_transfer(
-    target: nn.Module,
-    x: Tensor,
-    x_adv: Tensor,
-    y: Tensor,
-    *,
-    steps: int,
-    sequential: Sequential = SEQUENTIAL,
+    target: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, config: AttackConfig
 ) -> AttackRecord:
     """Judge images made elsewhere: x and x_adv (B,C,H,W) in [0, 1], labels y (B,).
 
-    ``steps`` is what it took to make them; a broken image is recorded at that step.
+    ``config`` is that of the attack which made them; a broken image is recorded at its last step.
     """
-    judged = _judged(target, x_adv, y, replica_logits(target, x), sequential)
-    right, right_afresh = (
-        is_right(judged[name], y) for name in ("clean_logits", "adversarial_logits")
-    )
-    broken = right & ~right_afresh
+    clean = answer(target, x, y, config.early())
+    judged = _judged(target, x_adv, y, clean, config)
+    broken = is_right(clean.logits, y) & ~is_right(judged["adversarial_logits"], y)
     return AttackRecord(
         **judged,
-        broken_at=torch.where(broken, steps, NEVER),
+        broken_at=torch.where(broken, config.steps, NEVER),
         restart=torch.where(broken, 0, NEVER),
         losses=torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device),
         flat_steps=torch.zeros_like(y),

@@ -10,6 +10,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from scipy.stats import t as student
@@ -26,11 +27,6 @@ NO_CLASS = -1
 def is_right(logits: Tensor, y: Tensor) -> Tensor:
     """(B,) bool: the prediction is y. Logits that are not finite are never right."""
     return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
-
-
-def replica_logits(model: nn.Module, x: Tensor) -> Tensor:
-    """(R,B,classes): the replicas of a defense, or a network's only answer."""
-    return model.replica_logits(x) if isinstance(model, EOTDefense) else model(x)[None]
 
 
 def classes_of(replica_logits: Tensor) -> Tensor:
@@ -104,35 +100,31 @@ class Sequential:
             count *= 2
         return looks
 
-    def verdicts(
-        self, draw: Callable[[Tensor, int], Tensor], y: Tensor, replicas: int
-    ) -> tuple[Tensor, Tensor]:
-        """Wrong or not, (B,) bool, and the replicas drawn, (B,) int64, at most ``replicas`` each.
+    def answer(self, draw: Callable[[Tensor, int], Tensor], y: Tensor, replicas: int) -> "Answer":
+        """Mean logits of as many replicas as a clear verdict takes, at most ``replicas``.
 
         ``draw`` (images (b,) int64, count) -> fresh replicas' logits (count,b,classes) for these.
         """
         looks, doubtful = self.looks(replicas), torch.arange(len(y), device=y.device)
-        verdict, spent = torch.zeros_like(y, dtype=torch.bool), torch.zeros_like(y)
-        before, drawn = 0, torch.empty(0)
+        level, drawn = self.error / max(1, len(looks)), torch.zeros_like(y)
+        seen = first = draw(doubtful, min(self.first, replicas))
+        logits = seen.mean(0)
         for count in [*looks, replicas]:
-            more = draw(doubtful, count - before)
-            drawn = torch.cat([drawn, more]) if before else more
-            before = count
-            spent[doubtful] = count
+            if count > len(seen):
+                seen = torch.cat([seen, draw(doubtful, count - len(seen))])
+                logits[doubtful] = seen.mean(0)
+            drawn[doubtful] = count
             if count == replicas:
-                verdict[doubtful] = ~is_right(drawn.mean(0), y[doubtful])
                 break
-            level = self.error / len(looks)
-            wrong, right = clear_verdict(drawn, y[doubtful], level)
-            verdict[doubtful] = wrong
+            wrong, right = clear_verdict(seen, y[doubtful], level)
             doubt = ~(wrong | right)
-            doubtful, drawn = doubtful[doubt], drawn[:, doubt]
+            doubtful, seen = doubtful[doubt], seen[:, doubt]
             if len(doubtful) == 0:
                 break
-        return verdict, spent
+        return Answer(logits, first, drawn)
 
-    def replayed(self, replica_logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """`verdicts` on replicas (H,B,classes) that are there already."""
+    def replayed(self, replica_logits: Tensor, y: Tensor) -> "Answer":
+        """`answer` from replicas (H,B,classes) that are there already."""
         done = torch.zeros_like(y)
 
         def draw(images: Tensor, count: int) -> Tensor:
@@ -140,18 +132,29 @@ class Sequential:
             done[images] += count
             return replica_logits[first : first + count, images]
 
-        return self.verdicts(draw, y, len(replica_logits))
+        return self.answer(draw, y, len(replica_logits))
 
 
-def wrong(
-    model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None = None
-) -> tuple[Tensor, Tensor]:
-    """The mean logits are not y's, (B,) bool; replicas that each verdict took, (B,) int64."""
+class Answer(NamedTuple):
+    """What a model says of B images."""
+
+    logits: Tensor  # (B, classes) mean over the replicas drawn
+    replicas: Tensor  # (R,B,classes): all of them, or the first few if some images took no more
+    drawn: Tensor  # (B,) int64
+
+
+def answer(model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Answer:
+    """Of all replicas of a defense, or of as many as its verdict on labels y takes."""
     if sequential is None or not isinstance(model, EOTDefense):
-        replicas = replica_logits(model, x)
-        return ~is_right(replicas.mean(0), y), torch.full_like(y, len(replicas))
+        replicas = model.replica_logits(x) if isinstance(model, EOTDefense) else model(x)[None]
+        return Answer(replicas.mean(0), replicas, torch.full_like(y, len(replicas)))
 
-    def more(images: Tensor, count: int) -> Tensor:
+    def draw(images: Tensor, count: int) -> Tensor:
         return model.replica_logits(x[images], replicas=count)
 
-    return sequential.verdicts(more, y, model.replicas)
+    return sequential.answer(draw, y, model.replicas)
+
+
+def wrong(model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Tensor:
+    """(B,) bool: the mean logits are not y's."""
+    return ~is_right(answer(model, x, y, sequential).logits, y)

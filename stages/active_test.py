@@ -32,8 +32,8 @@ def run(params: Params, dataset: str, hardware: Hardware, files: Files, out: Pat
     about |= {**section.model_dump(), **params.conditions(section.attack)}
 
     def key(p: Params) -> object:
-        evaluate, attack, data = p.evaluate.active_test, p.attack.verification, p.data[dataset]
-        return p.seed, evaluate, p.conditions(evaluate.attack), attack, data
+        section, data = p.evaluate.active_test, p.data[dataset]
+        return p.seed, section, p.conditions(section.attack), data
 
     rows: list[dict[str, Tensor]] = []
     with (
@@ -83,7 +83,7 @@ def hide_and_seek(nets: Nets, named: NamedAttack, place: int, x: Tensor) -> dict
             defend(planted.readout, "judge"),
             x,
             torch.zeros(1, dtype=torch.int64, device=x.device),
-            configure(params, named),
+            configure(params, named, early=params.evaluate.early_verdicts),
             generator=generator,
         )
         found, hits = bool(record.broken_at != NEVER), planted.random_hits

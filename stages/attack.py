@@ -79,7 +79,7 @@ def run(
 
     def key(p: Params) -> object:
         conditions, data = p.conditions(attack), p.data[dataset]
-        return p.seed, attack, subset, conditions, data, p.attack.shard, p.attack.verification
+        return p.seed, attack, subset, conditions, data, p.attack.shard
 
     name = f"attack-{dataset}-{attack}"
     parts = {
@@ -190,24 +190,25 @@ def attack_classifier(params: Params, dataset: str, hardware: Hardware, weights:
     return evaluate
 
 
-def configure(params: Params, named: NamedAttack) -> AttackConfig:
+def configure(params: Params, named: NamedAttack, *, early: bool) -> AttackConfig:
     """The library's configuration of an attack on the defense."""
     return AttackConfig(
         threat(params, named.scale),
         named.steps,
         params.attack.step_255 * named.scale,
         named.restarts,
+        named.stop_at_break,
         rule=named.rule,
         loss=named.loss,
-        sequential=Sequential(params.attack.verification.error),
-        verify_early=params.attack.verification.early,
+        sequential=Sequential(**params.attack.sequential.model_dump()),
+        early_verdicts=early,
     )
 
 
 def attack_defense(nets: Nets, attack: str, named: NamedAttack) -> Evaluate:
     """Losses and gradients from H_adv replicas, verdicts from H_def: Algorithm 1 and its kin."""
     params, langevin = nets.params, nets.params.langevin
-    gradient, config = named.mode(), configure(params, named)
+    gradient, config = named.mode(), configure(params, named, early=params.early_verdicts(attack))
 
     def evaluate(
         shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
@@ -231,15 +232,19 @@ def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, path: Path) ->
     params = nets.params
     conditions = params.conditions(attack)
     steps, replicas = int(str(conditions["K"])), int(str(conditions["H_def"]))
-    sequential = Sequential(params.attack.verification.error)
+    config = AttackConfig(
+        threat(params),
+        params.attack.pgd.steps,
+        params.attack.step_255,
+        sequential=Sequential(**params.attack.sequential.model_dump()),
+        early_verdicts=params.early_verdicts(attack),
+    )
 
     def evaluate(
         shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
     ) -> AttackRecord:
         x_adv = pgd.of_pgd(images, path).to(x.device)
         target = nets.defense(steps, replicas, f"{attack}/{shard}")
-        return run_transfer(
-            target, x, x_adv, y, steps=params.attack.pgd.steps, sequential=sequential
-        )
+        return run_transfer(target, x, x_adv, y, config)
 
     return evaluate

@@ -428,6 +428,46 @@ def bench(
 
 
 @app.command()
+def bench_attack(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: Annotated[int, typer.Option(min=1, help="Test images to attack.")] = 50,
+    steps: Annotated[int, typer.Option(min=0, help="N, the updates of the attack.")] = 50,
+    block: Annotated[int, typer.Option(min=1, help="Images that are attacked together.")] = 25,
+    classifier: ClassifierFile = None,
+    energy: EnergyFile = None,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for numbers and table.")
+    ] = Path("reports/bench"),
+    device: Device = None,
+    max_chains: MaxChains = None,
+) -> None:
+    """Time Algorithm 1 as it is printed against the way that `attack` runs it."""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import bench_attack as stage
+        from stages.attack import Files
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, max_chains),
+            Files(
+                images=paths.images,
+                classifier=classifier or paths.model("classifier"),
+                energy=energy or paths.model("ebm_convergent"),
+                pgd=paths.record("pgd"),
+            ),
+            images=images,
+            steps=steps,
+            block=block,
+            out=out,
+        )
+
+
+@app.command()
 def report(
     params_file: ParamsFile = DEFAULT_PARAMS,
     out: Annotated[Path | None, typer.Option(help="Folder; default reports/RUN.")] = None,

@@ -3,6 +3,7 @@
 import torch
 
 from defense.active_test import BELIEVED
+from defense.attack import NOT_MEASURED
 from stages.artifacts import AttackResult
 from stages.params import TRANSFER
 from stages.rows import count
@@ -34,7 +35,7 @@ def findings(results: list[AttackResult]) -> list[str]:
         said.append(_gradient_free(robust, guided, blind))
     together = torch.stack([robust[name] for name in (*guided, *blind)]).all(0)
     said.append(f"robust to every attack of this radius: {count(together)} n={len(labels)}")
-    said.append(_verification(results))
+    said.append(verification(results))
     cost = results[0].about.get("cost")
     if cost:
         said.append(f"one defended prediction costs {cost:,.0f} times a bare one (multiplications)")
@@ -83,12 +84,17 @@ def _gradient_free(robust: dict[str, torch.Tensor], guided: list[str], blind: li
     return f"the strongest attack with gradients is {strongest}; {text}"
 
 
-def _verification(results: list[AttackResult]) -> str:
-    """What the sequential test would have saved, and whether it says what all replicas say."""
-    early = torch.cat([result.record.early for result in results]).double()
-    replicas = results[0].record.adversarial_classes.shape[1]
-    return (
-        f"sequential verification of the saved images: {float(early[:, 0].mean()):.0f} of "
-        f"{replicas} replicas on average, the verdict of all of them in "
-        f"{float(early[:, 1].mean()):.2%} of {len(early)}"
+def verification(results: list[AttackResult]) -> str:
+    """How many replicas verdicts take by the sequential test, and whether all would say the same.
+
+    The latter is known of records whose verdicts were drawn to the end.
+    """
+    early = torch.cat([result.record.early for result in results])
+    text = (
+        f"sequential verdicts on the saved images take {float(early[:, 0].double().mean()):.0f} of "
+        f"{results[0].about['H_def']} replicas on average (n={len(early)})"
     )
+    agrees = early[early[:, 1] != NOT_MEASURED, 1]
+    if len(agrees):
+        text += f"; all replicas say the same of {int(agrees.sum())} of {len(agrees)}"
+    return text

@@ -1,5 +1,6 @@
 """A classifier and an energy together: the defenses of one dataset."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +23,17 @@ from stages.params import Params
 
 @dataclass(frozen=True)
 class Nets:
-    """A classifier and an energy of one dataset, and the defenses they make."""
+    """A classifier and an energy of one dataset, and the defenses they make.
+
+    ``counted`` is put around every chain; by default nothing is.
+    """
 
     params: Params
     dataset: str
     hardware: Hardware
     classifier: nn.Module
     energy: ConvEnergy
+    counted: Callable[[Chain], Chain] = lambda chain: chain
 
     @classmethod
     def load(
@@ -51,7 +56,8 @@ class Nets:
 
     def chain(self, steps: int) -> Chain:
         """What runs chains of so many steps."""
-        return choose_chain(self.energy, steps, self.params.langevin.precision, self.hardware)
+        precision = self.params.langevin.precision
+        return self.counted(choose_chain(self.energy, steps, precision, self.hardware))
 
     def cost(self) -> float:
         """What one defended prediction costs, in bare predictions: multiplications for images."""

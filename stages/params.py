@@ -122,15 +122,18 @@ class Transfer(Section):
     replicas: Count
 
 
-class Verification(Section):
-    """How the defense's verdicts are drawn."""
+class SequentialTest(Section):
+    """The fields of `defense.verdict.Sequential`."""
 
-    early: bool
     error: Annotated[float, Field(gt=0, lt=1)]
+    first: Annotated[int, Field(ge=2, strict=True)]
 
 
 class NamedAttack(Section):
-    """One attack on the defense; ``scale`` multiplies attack.eps_255 and attack.step_255."""
+    """One attack on the defense; ``scale`` multiplies attack.eps_255 and attack.step_255.
+
+    Without ``stop_at_break`` it goes on to the end, for the strongest images to judge afresh.
+    """
 
     rule: Literal["pgd", "apgd", "square", "noise"]
     gradient: Literal["identity", "exact", "smoothed", "none"]
@@ -138,6 +141,7 @@ class NamedAttack(Section):
     steps: CountOrNone
     restarts: Count
     scale: NotNegative
+    stop_at_break: bool
 
     def mode(self) -> Literal["identity", "exact", "smoothed"]:
         """How the surrogate differentiates its chains, if it is asked to."""
@@ -165,6 +169,7 @@ class Evaluate(Section):
     images: Count
     draws: Count
     softness: Positive
+    early_verdicts: bool
     active_test: ActiveTest
     attacks: dict[Name, NamedAttack]
 
@@ -192,7 +197,7 @@ class Attack(Section):
     eps_255: NotNegative
     step_255: NotNegative
     shard: Count
-    verification: Verification
+    sequential: SequentialTest
     pgd: PGD
     transfer: Transfer
     bpda_eot: PGD
@@ -265,11 +270,13 @@ class Params(Section):
     def _sizes_fit(self) -> Self:
         pgd = ("attack.pgd.images", self.attack.pgd.images)
         compared = ("compare.images", self.compare.images)
+        drawn = ("attack.sequential.first", self.attack.sequential.first)
         for name, size, (whole, most) in (
             ("attack.transfer.images", self.attack.transfer.images, pgd),
             ("evaluate.images", self.evaluate.images, pgd),
             ("compare.images", self.compare.images, pgd),
             ("compare.bpda_eot.images", self.compare.bpda_eot.images, compared),
+            ("evaluate.draws", self.evaluate.draws, drawn),
             ("diagnose.H", max(self.diagnose.H), ("diagnose.replicas", self.diagnose.replicas)),
         ):
             if size > most:
@@ -304,8 +311,13 @@ class Params(Section):
                 steps=size.steps,
                 restarts=size.restarts,
                 scale=1.0,
+                stop_at_break=True,
             )
         return self.evaluate.attacks.get(attack)
+
+    def early_verdicts(self, attack: str) -> bool:
+        """Tables 1-3 count all replicas, as the paper does; an evaluation need not."""
+        return attack not in TABLE_ATTACKS and self.evaluate.early_verdicts
 
     def conditions(self, attack: str) -> dict[str, object]:
         """What an attack's accuracy depends on: stated in the record, checked by the report."""
@@ -322,7 +334,7 @@ class Params(Section):
         if named:
             shown |= {"rule": named.rule, "gradient": named.gradient, "loss": named.loss}
             shown |= {"K": langevin.K, "H_adv": langevin.H_adv, "H_def": langevin.H_def}
-            shown |= {"verify_early": section.verification.early}
+            shown |= {"stop_at_break": named.stop_at_break}
             if named.gradient == "smoothed":
                 shown["softness"] = self.evaluate.softness
         elif attack != "pgd":
@@ -331,6 +343,8 @@ class Params(Section):
             shown |= {"K": steps, "H_def": section.transfer.replicas if table else langevin.H_def}
         if attack != "pgd":
             shown["precision"] = langevin.precision
+            shown |= {f"sequential_{k}": v for k, v in section.sequential.model_dump().items()}
+            shown["early_verdicts"] = self.early_verdicts(attack)
         return shown
 
     def reloaded(self) -> "Params":

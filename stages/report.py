@@ -11,7 +11,7 @@ from stages import StageError, figures, rows, tables
 from stages.artifacts import AttackResult, load_tensors
 from stages.console import say
 from stages.files import Paths, write_text
-from stages.findings import active_test, findings
+from stages.findings import active_test, findings, verification
 from stages.params import EVALUATED, TABLE_ATTACKS, TRANSFER, Params
 
 
@@ -45,6 +45,8 @@ def run(params: Params, out: Path) -> None:
         for energy, found in evaluations.items()
         for finding in findings(found)
     ]
+    tables_of_defense = [result for result in results if "H_def" in result.about]
+    said.append(f"Tables 1-3: {verification(tables_of_defense)}")
     tested, about = load_tensors(Paths(params.run, params.compare_dataset).record("active_test"))
     said.append(f"convergent: {active_test(tested, about)}")
     tables.write_attacks(every, params.evaluate.draws, said, out)

@@ -318,7 +318,7 @@ def test_a_step_along_the_loss_gradient_raises_the_loss(tiny_classifier, images)
 def test_transferred_images_are_judged_once(brightness) -> None:
     target, x, y = brightness(level(2.5)), gray(0, 0, 3, 3), torch.tensor([0, 0, 0, 1])
     x_adv = gray(3, 2, 0, 3)
-    record = run_transfer(target, x, x_adv, y, steps=7)
+    record = run_transfer(target, x, x_adv, y, config(7))
     assert record.broken_at.tolist() == [7, NEVER, NEVER, NEVER]
     assert record.restart.tolist() == [0, NEVER, NEVER, NEVER]
     assert record.broken_at.dtype == record.restart.dtype == torch.int64

@@ -11,7 +11,7 @@ from stages.cli import app
 
 def named(rule: str, gradient: str, **others: Any) -> dict[str, Any]:
     """One entry of evaluate.attacks."""
-    usual = {"loss": "cross_entropy", "steps": 2, "restarts": 1, "scale": 1}
+    usual = {"loss": "cross_entropy", "steps": 2, "restarts": 1, "scale": 1, "stop_at_break": True}
     return {"rule": rule, "gradient": gradient, **usual, **others}
 
 
@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
         "eps_255": 48,
         "step_255": 12,
         "shard": 5,
-        "verification": {"early": False, "error": 1e-3},
+        "sequential": {"error": 1e-3, "first": 10},
         "pgd": {"images": 12, "steps": 3, "restarts": 1},
         "transfer": {"images": 10, "replicas": 3},
         "bpda_eot": {"images": 8, "steps": 2, "restarts": 2},
@@ -39,6 +39,7 @@ TINY: dict[str, Any] = {
         "images": 7,
         "draws": 3,
         "softness": 0.01,
+        "early_verdicts": False,
         "active_test": {"images": 3, "attack": "identity", "points": 20},
         "attacks": {
             "identity": named("pgd", "identity"),
