@@ -1,4 +1,4 @@
-"""README: its table is the report's, its links lead somewhere, its commands and code run."""
+"""README and docs: their table is the report's, links lead somewhere, commands and code run."""
 
 import os
 import re
@@ -18,15 +18,38 @@ from stages.params import load_params
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EVALUATION = (ROOT / "docs/evaluation.md").read_text()
+PAGES = [(ROOT, README), (ROOT / "docs", EVALUATION)]
 
 
 def test_the_table_is_the_reports() -> None:
     assert (ROOT / "reports/digits/summary.md").read_text() in README
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(
+    ("folder", "link"),
+    [
+        (folder, link)
+        for folder, page in PAGES
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", page)
+    ],
+)
+def test_links_lead_somewhere(folder: Path, link: str) -> None:
+    assert (folder / link).exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), sorted(set(re.findall(r"(test_\w+)::(test_\w+)", EVALUATION)))
+)
+def test_promised_tests_exist(module: str, name: str) -> None:
+    assert f"def {name}(" in (ROOT / f"tests/{module}.py").read_text()
+
+
+def test_every_promise_is_held_or_says_why_not() -> None:
+    rows = re.findall(r"^\| (\d+) \| .+? \| (.+) \|$", EVALUATION, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 35))
+    assert sum(held.startswith("`test_") for _, held in rows) >= 28
+    assert all("::" in held for _, held in rows)
 
 
 def test_named_files_exist() -> None:
@@ -34,7 +57,9 @@ def test_named_files_exist() -> None:
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"^    stochsec (.+)$", README, re.M))))
+@pytest.mark.parametrize(
+    "line", sorted(set(re.findall(r"^    stochsec (.+)$", README + EVALUATION, re.M)))
+)
 def test_commands_exist_with_their_options(line: str) -> None:
     words = line.split("#")[0].split()
     if words == ["--help"]:

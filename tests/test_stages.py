@@ -1,5 +1,6 @@
 """Every stage end to end on real digits, at the smallest size, through its command."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from stages.artifacts import AttackResult, load_tensors
-from stages.files import Paths
+from stages.classifiers import load_classifier
+from stages.files import Paths, fingerprint
+from stages.hardware import Hardware
+from stages.params import load_params
 from tests.tiny import command, tiny_params
 
 STAGES = [
@@ -223,3 +228,140 @@ def test_weights_of_another_network_are_refused(folder: Path) -> None:
     assert "expected the weights of a WideResNet, got a ConvEnergy" in " ".join(
         result.output.split()
     )
+
+
+def test_an_attack_ends_with_the_line_that_the_report_has(folder: Path) -> None:
+    result = command("attack digits smoothed --out again.safetensors")
+    assert result.exit_code == 0
+    lines = pd.read_csv(folder / "reports/tiny/attacks.csv").set_index(["energy", "attack"])
+    line = lines.loc["convergent", "smoothed"]
+    printed = " ".join(result.output.split())
+    for column in ("Algorithm 1", "mean logits", "average", "majority", "worst"):
+        assert line[column].split()[0] in printed, column
+    assert AttackResult.load(Path("again.safetensors")).record.adversarial.equal(
+        AttackResult.load(
+            PATHS.evaluation("convergent") / "smoothed.safetensors"
+        ).record.adversarial
+    )
+
+
+def test_every_attack_of_every_defense_is_in_the_report(folder: Path) -> None:
+    lines = pd.read_csv(folder / "reports/tiny/attacks.csv")
+    named = set(tiny_params()["evaluate"]["attacks"])
+    by_energy = {energy: set(part.attack) for energy, part in lines.groupby("energy")}
+    assert by_energy["convergent"] >= named | {"transfer", "bpda_eot", "transfer_K"}
+    assert by_energy["smooth_convergent"] >= named - {"smoothed"}
+    assert "smoothed" not in by_energy["smooth_convergent"], "nothing to smooth"
+    exact = lines[(lines.attack == "exact") & (lines.energy == "convergent")].iloc[0]
+    assert "gradient is the identity" in exact["flags"]
+    page = (folder / "reports/tiny/attacks.md").read_text()
+    assert "active test: attack identity finds" in page
+    assert "false breaks: Algorithm 1 without any perturbation" in page
+    assert (folder / "reports/tiny/figures/evaluation.png").exists()
+
+
+def test_natural_accuracy_and_conditions_stand_beside_every_number(folder: Path) -> None:
+    rows = pd.read_csv(folder / "reports/tiny/rows.csv")
+    for _, part in rows.groupby(["dataset", "energy", "attack"]):
+        assert {"natural", "adversarial", "natural_worst"} <= set(part.metric)
+    guided = rows[rows.attack == "smoothed"]
+    conditions = ["K", "H_adv", "H_def", "eps_255", "step_255", "steps", "rule", "gradient", "loss"]
+    assert guided[conditions].notna().all().all()
+    assert (rows.low <= rows.accuracy + 1e-4).all()
+    assert (rows.accuracy <= rows.high + 1e-4).all()
+
+
+def test_a_subset_of_whole_shards_is_that_part_of_the_whole(folder: Path) -> None:
+    assert command("attack digits bpda_eot --subset 5:8 --out part.safetensors").exit_code == 0
+    part = AttackResult.load(Path("part.safetensors"))
+    whole = AttackResult.load(PATHS.record("bpda_eot"))
+    assert part.images.index.equal(whole.images.index[5:8])
+    assert part.record.adversarial.equal(whole.record.adversarial[5:8])
+    assert part.record.broken_at.equal(whole.record.broken_at[5:8])
+    assert command("attack digits transfer --subset 2:7 --out moved.safetensors").exit_code == 0
+    assert len(AttackResult.load(Path("moved.safetensors")).images.labels) == 5
+
+
+@pytest.mark.parametrize("subset", ["8:5", "x:3", "4", "-1:3"])
+def test_a_subset_that_is_none_is_one_line(folder: Path, subset: str) -> None:
+    result = command(f"attack digits bpda_eot --subset {subset}")
+    assert result.exit_code == 2
+    assert f"subset: expected START:STOP with START < STOP, got '{subset}'" in result.output
+
+
+def test_starting_afresh_forgets_what_was_left(folder: Path) -> None:
+    values = tiny_params()
+    values["attack"]["bpda_eot"] |= {"images": 60, "steps": 6}
+    values["seed"] = 7
+    Path("afresh.yaml").write_text(yaml.safe_dump(values))
+    words = "attack digits bpda_eot --params afresh.yaml --out afresh.safetensors"
+    process = run_in_background(words)
+    wait_for("attack-digits-bpda_eot-*/shard-0002.safetensors", process)
+    process.kill()
+    process.wait()
+    assert "resumed at" not in command(f"{words} --no-resume").output
+    assert not scratch_files("attack-digits-bpda_eot-*/shard-*")
+
+
+def test_an_evaluation_killed_between_attacks_goes_on_to_the_same_records(folder: Path) -> None:
+    words = "evaluate digits --out resumed"
+    process = run_in_background(words)
+    wait_for("evaluate-digits-*/exact.safetensors", process)
+    process.kill()
+    process.wait()
+    result = command(words)
+    assert result.exit_code == 0
+    assert "transfer digits: natural" not in result.output, "it was finished before"
+    for path in PATHS.evaluation("convergent").iterdir():
+        assert path.read_bytes() == (Path("resumed") / path.name).read_bytes(), path.name
+
+
+def test_any_network_can_be_attacked_from_a_file(folder: Path) -> None:
+    params = load_params(Path("params.yaml"))
+    cpu = Hardware.choose("cpu")
+    classifier = load_classifier(params, "digits", cpu, PATHS.model("classifier"))
+    batch = torch.export.Dim("batch", min=1)
+    shapes = ({0: batch},)
+    program = torch.export.export(classifier, (torch.rand(3, 1, 8, 8),), dynamic_shapes=shapes)
+    torch.export.save(program, "theirs.pt2")
+    words = "attack digits bpda_eot --classifier theirs.pt2 --out theirs.safetensors"
+    assert command(words).exit_code == 0
+    theirs, ours = Path("theirs.safetensors"), PATHS.record("bpda_eot")
+    clean = [AttackResult.load(path).record.clean_logits for path in (theirs, ours)]
+    torch.testing.assert_close(*clean, rtol=1e-3, atol=1e-3)
+    Path("broken.pt2").write_bytes(b"nothing")
+    result = command("attack digits pgd --classifier broken.pt2")
+    assert result.exit_code == 2
+    assert "broken.pt2: not a program of torch.export" in " ".join(result.output.split())
+
+
+def test_weights_say_which_network_they_are(folder: Path) -> None:
+    """An energy of another size than params.yaml says is still read as what it is."""
+    values = tiny_params()
+    values["energy"]["width"] = 6
+    Path("wider.yaml").write_text(yaml.safe_dump(values))
+    words = "attack digits bpda_eot --params wider.yaml --out wider.safetensors"
+    assert command(words).exit_code == 0
+    wider, ours = (
+        AttackResult.load(Path("wider.safetensors")),
+        AttackResult.load(PATHS.record("bpda_eot")),
+    )
+    assert wider.record.clean_logits.equal(ours.record.clean_logits)
+
+
+def test_a_record_says_what_it_was_made_of(folder: Path) -> None:
+    about = AttackResult.load(PATHS.evaluation("convergent") / "exact.safetensors").about
+    files = {"digits", "classifier", "ebm_convergent"}
+    assert about["files"].keys() == files
+    assert about["files"]["classifier"] == fingerprint(PATHS.model("classifier"))
+    assert {"device", "torch", "threads", "engine", "activation", "cost", "flags"} <= about.keys()
+
+
+def test_the_schedule_is_benched_against_the_printed_algorithm(folder: Path) -> None:
+    words = "bench-attack digits --images 6 --steps 2 --block 3 --out bench"
+    assert command(words).exit_code == 0
+    rows = json.loads(Path("bench/attack.json").read_text())["rows"]
+    assert [row["way"] for row in rows][:2] == ["as printed", "scheduled"]
+    assert rows[0]["speedup"] == 1.0
+    assert rows[0]["image_steps"] >= rows[1]["image_steps"]
+    assert len({row["natural"] for row in rows[:2]}) == 1

@@ -1,0 +1,140 @@
+"""Four metrics by hand; the sequential test against the error that it states."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from defense.eot import EOTDefense
+from defense.langevin import LangevinConfig
+from defense.verdict import (
+    NO_CLASS,
+    Sequential,
+    answer,
+    classes_of,
+    clear_verdict,
+    is_right,
+    scores,
+    wrong,
+)
+
+
+def said(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int16)
+
+
+def test_four_metrics_of_the_same_replicas() -> None:
+    classes = said([0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 2, 0], [1, 1, 1, 0])
+    logits = torch.tensor([[2.0, 0, 0], [2.0, 0, 0], [0, 0, 2.0], [2.0, 0, 0]])
+    found = scores(logits, classes, torch.zeros(4, dtype=torch.int64), draws=4)
+    assert found["mean_logits"].tolist() == [1, 1, 0, 1]
+    assert found["average"].tolist() == [1, 0.75, 0.5, 0.25]
+    assert found["majority"].tolist() == [1, 1, 1, 0]
+    assert found["worst"].tolist() == [1, 0, 0, 0]
+
+
+def test_only_the_first_draws_count_and_a_tie_is_no_majority() -> None:
+    found = scores(torch.zeros(1, 3), said([0, 1, 0, 0]), torch.tensor([0]), draws=2)
+    assert found["average"].tolist() == [0.5]
+    assert found["majority"].tolist() == [0]
+
+
+def test_replicas_that_are_no_numbers_are_never_right() -> None:
+    logits = torch.tensor([[[1.0, 0.0]], [[float("nan"), 0.0]], [[float("inf"), 0.0]]])
+    classes = classes_of(logits)
+    assert classes.tolist() == [[0, NO_CLASS, NO_CLASS]]
+    found = scores(logits[0], classes, torch.tensor([0]), draws=3)
+    assert found["average"].tolist() == [pytest.approx(1 / 3)]
+    assert found["worst"].tolist() == [0]
+    assert not is_right(logits.mean(0), torch.tensor([0])).any()
+
+
+def noisy(margins: Tensor, count: int, seed: int = 0, classes: int = 4) -> Tensor:
+    """Replicas (count,B,classes) whose class 1 beats class 0 by ``margins`` (B,) on average."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, len(margins), classes, generator=generator)
+    logits[:, :, 1] += margins
+    logits[:, :, 2:] -= 3.0
+    return logits
+
+
+def test_clear_verdicts_are_clear_both_ways() -> None:
+    y = torch.zeros(3, dtype=torch.int64)
+    is_wrong, right = clear_verdict(noisy(torch.tensor([2.0, 0.0, -2.0]), 40), y, 1e-3)
+    assert is_wrong.tolist() == [True, False, False]
+    assert right.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("error", [0.05, 0.005])
+def test_early_verdicts_err_no_more_often_than_stated(error: float) -> None:
+    # Slightly wrong and slightly right images: those that an early verdict is most tempted by.
+    margins = torch.cat([torch.full((1500,), 0.15), torch.full((1500,), -0.15)])
+    y = torch.zeros(3000, dtype=torch.int64)
+    sequential = Sequential(error)
+    found = sequential.replayed(noisy(margins, 400), y)
+    stopped = found.drawn < 400
+    mistaken = is_right(found.logits, y) != (margins < 0)
+    assert float((stopped & mistaken).double().mean()) <= error + 3 * (error / 3000) ** 0.5
+    assert not stopped.all()
+
+
+def test_clear_images_take_few_replicas_and_doubtful_ones_all() -> None:
+    y = torch.zeros(3, dtype=torch.int64)
+    found = Sequential(1e-3).replayed(noisy(torch.tensor([6.0, 0.0, -6.0]), 150), y)
+    assert found.drawn.tolist() == [10, 150, 10]
+    assert is_right(found.logits, y)[[0, 2]].tolist() == [False, True]
+    assert found.replicas.shape == (10, 3, 4)
+
+
+def test_the_verdict_of_a_doubtful_image_is_that_of_all_replicas() -> None:
+    y, replicas = torch.zeros(200, dtype=torch.int64), noisy(torch.zeros(200), 150)
+    found = Sequential(1e-3).replayed(replicas, y)
+    doubtful = found.drawn == 150
+    assert doubtful.sum() > 150
+    torch.testing.assert_close(found.logits[doubtful], replicas.mean(0)[doubtful])
+
+
+def test_looks_double() -> None:
+    assert Sequential(0.1).looks(150) == [10, 20, 40, 80]
+    assert Sequential(0.1).looks(10) == []
+    assert Sequential(0.1).looks(4) == []
+
+
+def test_fewer_replicas_than_the_first_look_are_all_drawn() -> None:
+    y, replicas = torch.zeros(2, dtype=torch.int64), noisy(torch.tensor([6.0, -6.0]), 4)
+    found = Sequential(1e-3).replayed(replicas, y)
+    assert found.drawn.tolist() == [4, 4]
+    torch.testing.assert_close(found.logits, replicas.mean(0))
+
+
+def test_a_defense_draws_only_what_is_doubtful(tiny_classifier, tiny_energy, images) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Counting(EOTDefense):
+        def replica_logits(self, x, *, generator=None, replicas=None):
+            asked.append((len(x), replicas or self.replicas))
+            return super().replica_logits(x, generator=generator, replicas=replicas)
+
+    defense = Counting(tiny_classifier, tiny_energy, LangevinConfig(1, 0.01), replicas=30)
+    y = torch.zeros(5, dtype=torch.int64)
+    found = answer(defense, images, y, Sequential(0.05))
+    assert asked[0] == (5, 10)
+    assert sum(count * b for b, count in asked) == int(found.drawn.sum())
+    asked.clear()
+    whole = answer(defense, images, y)
+    assert asked == [(5, 30)]
+    assert whole.replicas.shape == (30, 5, 3)
+
+
+def test_a_network_has_one_answer(tiny_classifier, images) -> None:
+    y = torch.zeros(5, dtype=torch.int64)
+    found = answer(tiny_classifier, images, y, Sequential(0.1))
+    assert torch.equal(wrong(tiny_classifier, images, y), ~is_right(found.logits, y))
+    assert torch.equal(found.logits, tiny_classifier(images))
+    assert found.drawn.tolist() == [1] * 5
+
+
+def test_bad_tests_are_said() -> None:
+    with pytest.raises(ValueError, match="error: expected between 0 and 1, got 0"):
+        Sequential(0)
+    with pytest.raises(ValueError, match="first: expected >= 2, got 1"):
+        Sequential(0.1, first=1)
