@@ -159,7 +159,7 @@ def checkpoints(steps: int) -> set[int]:
     """Steps after which APGD reconsiders: at 22 % of them, then at ever shorter distances."""
     points, before, now = set[int](), 0.0, 0.22
     while now <= 1.0:
-        points.add(math.ceil(now * steps))
+        points.add(math.ceil(round(now * steps, 6)))
         before, now = now, now + max(now - before - 0.03, 0.06)
     return points
 

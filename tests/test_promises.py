@@ -103,24 +103,23 @@ def transferred(model: DigitsModel) -> AttackRecord:
     return run_transfer(defend(model, 60, "target"), x, bare.adversarial, y, config)
 
 
-def test_12_fixed_randomness_breaks(digits_model) -> None:
-    """One frozen tape of noise, and the true gradient of it: what is left is no security."""
+def test_12_fixed_randomness_leaves_less(digits_model, usual) -> None:
+    """One frozen tape of noise, surrogate and target alike."""
 
     def frozen(energy, x: Tensor, config, *, generator, **options) -> Tensor:
         tape = Generator().manual_seed(9)
         return langevin(energy, x, config, generator=tape, **options)
 
     defense = defend(digits_model, 1, "frozen", chain=frozen)
-    broken, tried = 0, 0
-    for x, y in zip(digits_model.images[:12].split(1), digits_model.labels[:12], strict=True):
-        config = AttackConfig(ThreatModel("linf", EPS), 30, 6.0, rule="apgd", loss="margin")
+    ball = ThreatModel("linf", EPS)
+    config = AttackConfig(ball, 30, 6.0, restarts=3, rule="apgd", loss="margin")
+    survived = 0
+    for x, y in zip(digits_model.images[:20].split(1), digits_model.labels[:20], strict=True):
         record = run_attack(
             defense, copy.deepcopy(defense), x, y[None], config, generator=Generator()
         )
-        tried += int(record.clean_correct(y[None]).sum())
-        broken += int((record.broken_at >= 0).sum())
-    assert tried >= 10
-    assert broken >= 0.9 * tried
+        survived += int(record.robust(y[None]))
+    assert survived / 20 < usual
 
 
 def test_13_averaged_gradients_are_no_weaker_than_single_ones(digits_model, usual) -> None:

@@ -295,12 +295,18 @@ def test_starting_afresh_forgets_what_was_left(folder: Path) -> None:
     values["seed"] = 7
     Path("afresh.yaml").write_text(yaml.safe_dump(values))
     words = "attack digits bpda_eot --params afresh.yaml --out afresh.safetensors"
+    before = set(scratch_files("attack-digits-bpda_eot-????????????"))
     process = run_in_background(words)
-    wait_for("attack-digits-bpda_eot-*/shard-0002.safetensors", process)
+    deadline = time.monotonic() + 60
+    while not (left := set(scratch_files("attack-digits-bpda_eot-????????????")) - before):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (folder_left,) = left
+    wait_for(f"{folder_left.name}/shard-0002.safetensors", process)
     process.kill()
     process.wait()
     assert "resumed at" not in command(f"{words} --no-resume").output
-    assert not scratch_files("attack-digits-bpda_eot-*/shard-*")
+    assert not folder_left.exists()
 
 
 def test_an_evaluation_killed_between_attacks_goes_on_to_the_same_records(folder: Path) -> None:

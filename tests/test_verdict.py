@@ -53,7 +53,7 @@ def noisy(margins: Tensor, count: int, seed: int = 0, classes: int = 4) -> Tenso
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(count, len(margins), classes, generator=generator)
     logits[:, :, 1] += margins
-    logits[:, :, 2:] -= 3.0
+    logits[:, :, 2:] -= 9.0
     return logits
 
 

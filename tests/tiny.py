@@ -1,5 +1,6 @@
 """The smallest experiment that goes through every stage."""
 
+import copy
 from typing import Any
 
 import yaml
@@ -63,7 +64,7 @@ TINY: dict[str, Any] = {
 
 def tiny_params() -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load(presets.text("digits"))
-    values |= TINY
+    values |= copy.deepcopy(TINY)
     values["data"]["digits"]["classifier"] |= {"epochs": 2, "milestones": [1]}
     return values
 
