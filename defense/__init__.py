@@ -5,8 +5,15 @@ energy, classifier  the networks: ConvEnergy, WideResNet
 langevin            the chain, equation (3): the plain reference
 written_gradient, compiled
                     the same call, fast: CompiledLangevin
+chain_gradient, written_hessian
+                    gradients through the chain, exact or smoothed; plain and fast
 eot                 EOTDefense, the defended classifier, equations (4)-(6)
-threat, attack      the ball and Algorithm 1, equations (7)-(10)
+threat, losses, step_rules
+                    the ball (7)-(8), what an attack makes larger, where it looks next
+verdict             four metrics, and the sequential test of clear verdicts
+attack, plain_attack
+                    Algorithm 1 for every rule, loss and gradient; and as printed
+active_test         does an attack find what was planted for it?
 bank, ebm_training  the persistent chains and Algorithm 2, equations (1)-(2)
 classifier_training natural training of the classifier
 inference           frozen networks, asked in pieces
@@ -21,6 +28,8 @@ from defense.eot import EOTDefense, straight_through
 from defense.inference import freeze
 from defense.langevin import Chain, LangevinConfig, langevin
 from defense.threat import ThreatModel
+from defense.verdict import Sequential
+from defense.written_hessian import written_product
 
 __all__ = [
     "NEVER",
@@ -31,6 +40,7 @@ __all__ = [
     "ConvEnergy",
     "EOTDefense",
     "LangevinConfig",
+    "Sequential",
     "ThreatModel",
     "WideResNet",
     "freeze",
@@ -38,4 +48,5 @@ __all__ = [
     "run_attack",
     "run_transfer",
     "straight_through",
+    "written_product",
 ]
