@@ -138,8 +138,9 @@ def plant(
 
     # Features of single replicas; half of the planted point's for the fit, half for the decision.
     inner = defense.replica_logits(points, replicas=1)[0].double()
-    half = config.replicas if defense.config.steps else 1
-    fit, fresh = defense.replica_logits(hidden, replicas=2 * half)[:, 0].double().split(half)
+    draws = config.replicas if defense.config.steps else 1
+    planted_features = defense.replica_logits(hidden, replicas=2 * draws)[:, 0].double()
+    fit, fresh = planted_features.split(draws)
     w = direction_between(inner, fit.mean(0), config.ridge)
     low, high = inner @ w, fresh @ w
     reach = float(high.mean() - low.mean())

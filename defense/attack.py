@@ -85,7 +85,7 @@ class AttackRecord:
     verified: Tensor  # (B,2) int64: suspects that the target judged, replicas that this took
     early: Tensor  # (B,2) int64: replicas that the sequential test needs for ``adversarial``, and
     # whether it then says what all of them say (1), or not (0), or NOT_MEASURED
-    through_chain: Tensor  # (B,) bool: the chain changed a gradient that went back through it
+    through_chain: Tensor  # (B,) bool: False if gradients went back through the chain unchanged
 
     def clean_correct(self, labels: Tensor) -> Tensor:
         """(B,) bool: the target is right about the clean image (the first check of Algorithm 1)."""
@@ -233,7 +233,9 @@ def run_attack(
     clean = answer(target, x, y, config.early())
     right = is_right(clean.logits, y)
     finds = search(surrogate, target, x, y, right, config, generator=generator, on_step=on_step)
-    moved = bool(getattr(surrogate, "chain_moved_gradient", False))
+    # A gradient that was zero says nothing of the chain.
+    came_back = getattr(surrogate, "gradient_came_back", False)
+    moved = not came_back or bool(getattr(surrogate, "chain_moved_gradient", False))
     return AttackRecord(
         **_judged(target, finds.adversarial, y, clean, config),
         broken_at=finds.broken_at,
@@ -283,5 +285,5 @@ def run_transfer(
         losses=torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device),
         flat_steps=torch.zeros_like(y),
         verified=y.new_zeros(len(y), 2),
-        through_chain=torch.zeros_like(broken),
+        through_chain=torch.ones_like(broken),
     )

@@ -69,10 +69,12 @@ def smoothed(energy: nn.Module, softness: float) -> nn.Module:
         raise ValueError("energy: expected one with a ReLU or leaky ReLU to smooth")
     smooth = copy.deepcopy(energy)
     for parent in list(smooth.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # one module may stand in two places
             if isinstance(child, CORNERS):
                 slope = child.negative_slope if isinstance(child, nn.LeakyReLU) else 0.0
                 setattr(parent, name, SmoothLeakyReLU(slope, softness))
+    if has_corners(smooth):
+        raise ValueError("energy: expected its ReLUs to be modules inside it")
     return smooth
 
 
@@ -92,7 +94,7 @@ def run_in_segments(
 ) -> tuple[Tensor, list[Segment]]:
     """The chain from x (N,C,H,W) with what is needed to go back; ``length`` steps a segment.
 
-    The end of the chain does not depend on ``length``; None is about sqrt(K), the least memory.
+    Up to rounding the end does not depend on ``length``; None is about sqrt(K), the least memory.
     """
     length = length or max(1, round(math.sqrt(config.steps)))
     segments = []

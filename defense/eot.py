@@ -5,6 +5,7 @@ from typing import Any, Self, get_args
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from defense.chain_gradient import (
@@ -56,6 +57,7 @@ class _ThroughChain(torch.autograd.Function):
         return purified
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None, None]:
         return ctx.defense.pull_back(gradient[0], ctx.segments), None, None
 
@@ -114,6 +116,7 @@ class EOTDefense(nn.Module):
         self.softness = softness
         self.product = product
         self.segment = segment
+        self.gradient_came_back = False
         self.chain_moved_gradient = False
         self._generators: dict[str, Generator] = {}
         self.eval()
@@ -170,9 +173,9 @@ class EOTDefense(nn.Module):
                 pull_back(self.chain, self.energy, self.config, kept, part, product=product)
             )
         back = torch.cat(pulled)
-        if not torch.equal(back, v):
-            self.chain_moved_gradient = True
-        elif not self.chain_moved_gradient and bool(v.any()):
+        self.chain_moved_gradient |= not torch.equal(back, v)
+        self.gradient_came_back |= bool(v.any())
+        if self.gradient_came_back and not self.chain_moved_gradient:
             warnings.warn(
                 "the exact gradient through this chain is the identity, as in BPDA: its energy is "
                 "piecewise linear. Agreement of the two proves nothing; use gradient='smoothed'",

@@ -146,7 +146,6 @@ class APGD:
         s.step = torch.where(stalled, 0.5 * s.step, s.step)
         x_adv = torch.where(_wide(stalled), s.best, x_adv)
         gradient = torch.where(_wide(stalled), s.best_gradient, gradient)
-        s.before = torch.where(_wide(stalled), s.best, s.before)
         s.halved, s.best_then = stalled, s.best_loss
         s.rises, self.since = torch.zeros_like(s.rises), 0
         return x_adv, gradient

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from defense.chain_gradient import HessianProduct
 from defense.compiled import images_at_once
 from defense.energy import ConvEnergy, SmoothLeakyReLU
+from defense.precision import tensor_cores
 from defense.written_gradient import WrittenGradient
 
 Bend = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -69,11 +70,12 @@ class WrittenHessian(WrittenGradient):
 
     @torch.no_grad()
     def product(self, x: Tensor, v: Tensor) -> Tensor:
-        """H(x) v: x, v (N,C,S,S) float32 -> the same shape."""
+        """H(x) v: x, v (N,C,S,S) float32 -> the same shape; on CUDA without tensor cores."""
         if self.bend is None:
             return torch.zeros_like(v)
         parts = zip(x.split(self.most), v.split(self.most), strict=True)
-        return torch.cat([self._product(*part, self.bend) for part in parts])
+        with tensor_cores("float32"), torch.autocast(x.device.type, enabled=False):
+            return torch.cat([self._product(*part, self.bend) for part in parts])
 
     def _product(self, x: Tensor, v: Tensor, bend: Bend) -> Tensor:
         """Side by side: value and tangent of every layer on the way up, of its gradient back."""

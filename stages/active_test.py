@@ -1,4 +1,4 @@
-"""Stage 7: would an attack find an adversarial image that is known to be there?"""
+"""Would an attack find an adversarial image that is known to be there?"""
 
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from defense.attack import NEVER, run_attack
 from defense.eot import EOTDefense
 from defense.pixels import from_bytes
 from defense.rng import make_generator
+from stages import StageError
 from stages.artifacts import load_images, save_tensors
 from stages.attack import Files, configure
 from stages.console import Track, say
@@ -75,7 +76,10 @@ def hide_and_seek(nets: Nets, named: NamedAttack, place: int, x: Tensor) -> dict
     config = PlantConfig(
         threat(params, named.scale), inner_points=section.points, replicas=section.points
     )
-    planted = plant(nets.classifier, defend, x, config, generator=generator)
+    try:
+        planted = plant(nets.classifier, defend, x, config, generator=generator)
+    except ValueError as error:
+        raise StageError(f"active test: {error}") from None
     found, hits = False, 0.0
     if planted is not None:
         record = run_attack(

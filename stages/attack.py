@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from defense.attack import AttackConfig, AttackRecord, run_attack, run_transfer
+from defense.chain_gradient import has_corners
 from defense.pixels import from_bytes
 from defense.rng import make_generator
 from defense.verdict import Sequential
@@ -19,7 +20,7 @@ from stages.files import fingerprint
 from stages.flags import flags_of
 from stages.hardware import Hardware
 from stages.models import Nets, threat
-from stages.params import TRANSFER, NamedAttack, Params
+from stages.params import NamedAttack, Params
 from stages.resume import Scratch
 
 Evaluate = Callable[[int, Images, Tensor, Tensor, Callable[[int], None]], AttackRecord]
@@ -40,9 +41,8 @@ class Files:
 class Plan:
     """One attack, ready to be run shard by shard."""
 
-    images: int
     steps: int  # of the progress line, in one shard
-    inputs: list[Path]
+    inputs: dict[str, Path]  # by role
     evaluate: Evaluate
     defense: dict[str, object]  # what the record says of it
 
@@ -63,7 +63,7 @@ def run(
     What an earlier run of the same command has finished is kept, unless ``afresh``.
     """
     plan = make_plan(params, dataset, attack, hardware, files)
-    start, stop = subset or (0, plan.images)
+    start, stop = subset or (0, params.images(attack))
     if not 0 <= start < stop:
         raise StageError(f"subset: expected start < stop, got {start}:{stop}")
     data = load_images(files.images, "test", params.dataset(dataset), stop)
@@ -74,12 +74,13 @@ def run(
         **plan.defense,
         **params.conditions(attack),
         **hardware.conditions(),
-        "files": {path.stem: fingerprint(path) for path in plan.inputs},
+        "subset": subset,
+        "files": {role: fingerprint(path) for role, path in plan.inputs.items()},
     }
 
     def key(p: Params) -> object:
-        conditions, data = p.conditions(attack), p.data[dataset]
-        return p.seed, attack, subset, conditions, data, p.attack.shard
+        size = (p.images(attack), p.attack.shard, subset)
+        return p.seed, attack, size, p.conditions(attack), p.data[dataset]
 
     name = f"attack-{dataset}-{attack}"
     parts = {
@@ -89,7 +90,7 @@ def run(
     }
     with (
         said_warnings(),
-        Scratch(name, params, key, plan.inputs, hardware, afresh=afresh) as scratch,
+        Scratch(name, params, key, [*plan.inputs.values()], hardware, afresh=afresh) as scratch,
     ):
         shards = run_shards(plan, name, parts, hardware, scratch, about)
         joined = AttackResult.concatenate(shards)
@@ -141,13 +142,13 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
     """The attack of that name, or `StageError` with the names that there are."""
     if attack not in params.attacks():
         raise StageError(f"attack: expected one of {params.attacks()}, got {attack!r}")
-    inputs = [files.images, files.classifier]
+    inputs = {"images": files.images, "classifier": files.classifier}
     if attack == "pgd":
         evaluate = attack_classifier(params, dataset, hardware, files.classifier)
         size = params.attack.pgd
-        return Plan(size.images, size.restarts * (size.steps + 1), inputs, evaluate, {})
+        return Plan(size.restarts * (size.steps + 1), inputs, evaluate, {})
     nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
-    inputs.append(files.energy)
+    inputs["energy"] = files.energy
     defense = {
         "energy": files.energy.stem.removeprefix("ebm_"),
         "activation": nets.energy.architecture["activation"],
@@ -155,15 +156,16 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
     }
     named = params.named(attack)
     if named is not None:
-        table = attack == "bpda_eot"
-        images = params.attack.bpda_eot.images if table else params.evaluate.images
+        if named.gradient == "smoothed" and not has_corners(nets.energy):
+            raise StageError(
+                f"{attack}: {files.energy} has no corners to smooth; use gradient exact"
+            )
         steps = named.restarts * (named.steps + 1)
-        return Plan(images, steps, inputs, attack_defense(nets, attack, named), defense)
+        return Plan(steps, inputs, attack_defense(nets, attack, named), defense)
     pgd = AttackResult.load(files.pgd)
-    inputs.append(files.pgd)
-    images = params.evaluate.images if attack == TRANSFER else params.attack.transfer.images
+    inputs["pgd"] = files.pgd
     judge = judge_transferred(nets, attack, pgd, files.pgd)
-    return Plan(images, 1, inputs, judge, defense)
+    return Plan(1, inputs, judge, defense)
 
 
 def attack_classifier(params: Params, dataset: str, hardware: Hardware, weights: Path) -> Evaluate:

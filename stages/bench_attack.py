@@ -159,9 +159,9 @@ def measure(
             x = from_bytes(part.images).to(hardware.device)
             y = part.labels.to(hardware.device)
             for name, way in ways.items():
-                spent[0], start = 0, time.perf_counter()
+                spent[0], start = 0, now(hardware)
                 verdicts[name].append(way(number, x, y))
-                seconds[name] += time.perf_counter() - start
+                seconds[name] += now(hardware) - start
                 steps[name] += spent[0]
                 track.advance(watch=f"{name} {seconds[name]:.0f} s")
     rows = []
@@ -182,6 +182,13 @@ def measure(
             }
         )
     return rows
+
+
+def now(hardware: Hardware) -> float:
+    """Seconds, once the device has done what it was asked."""
+    if hardware.device.type == "cuda":
+        torch.cuda.synchronize(hardware.device)
+    return time.perf_counter()
 
 
 def table(result: dict[str, Any], params: Params, block: int) -> str:

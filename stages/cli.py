@@ -10,7 +10,7 @@ import typer
 from stages import StageError, Stopped, console, presets
 from stages.console import say
 from stages.files import Paths, reports, write_text
-from stages.params import Params, load_params
+from stages.params import TABLE_ATTACKS, Params, load_params
 
 app = typer.Typer(
     help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
@@ -72,7 +72,8 @@ Out = Annotated[
     typer.Option(
         "--out",
         dir_okay=False,
-        help="Where to write; default as dvc.yaml states. What else a stage writes goes beside it.",
+        help="Where to write; default as dvc.yaml states, or artifacts/RUN/own/DATASET for what is "
+        "no part of the workflow. What else a stage writes goes beside it.",
     ),
 ]
 
@@ -225,6 +226,7 @@ def attack(
     with _stage(params_file) as params:
         params.dataset(dataset)
         limits = _limits(subset)
+        own = attack not in TABLE_ATTACKS or any((images, classifier, energy, pgd, subset))
         from stages import attack as stage
         from stages import tables
         from stages.hardware import Hardware
@@ -241,7 +243,7 @@ def attack(
                 energy=energy or paths.model("ebm_convergent"),
                 pgd=pgd or paths.record("pgd"),
             ),
-            out or paths.record(attack),
+            out or (paths.own(f"{attack}.safetensors") if own else paths.record(attack)),
             subset=limits,
             afresh=not resume,
         )
@@ -280,6 +282,7 @@ def evaluate(
     """Run every attack under evaluate.attacks on the defense; print all accuracies and flags."""
     with _stage(params_file) as params:
         params.dataset(dataset)
+        own = any((images, classifier, energy, pgd))
         from stages import evaluate as stage
         from stages import tables
         from stages.attack import Files
@@ -296,7 +299,7 @@ def evaluate(
                 energy=energy or paths.model(f"ebm_{name}"),
                 pgd=pgd or paths.record("pgd"),
             ),
-            out or paths.evaluation(name),
+            out or (paths.own(f"evaluate_{name}") if own else paths.evaluation(name)),
             afresh=not resume,
         )
         tables.show_attacks(results, params.evaluate.draws)
@@ -316,6 +319,7 @@ def active_test(
     """Plant adversarial images that evaluate.active_test.attack has to find."""
     with _stage(params_file) as params:
         params.dataset(dataset)
+        own = any((images, classifier, energy))
         from stages import active_test as stage
         from stages.attack import Files
         from stages.hardware import Hardware
@@ -331,7 +335,7 @@ def active_test(
                 energy=energy or paths.model("ebm_convergent"),
                 pgd=paths.record("pgd"),
             ),
-            out or paths.record("active_test"),
+            out or (paths.own("active_test.safetensors") if own else paths.record("active_test")),
         )
 
 

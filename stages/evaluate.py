@@ -1,6 +1,5 @@
-"""Stage 6: every attack of an evaluation on the defense with one energy."""
+"""Every attack of an evaluation on the defense with one energy."""
 
-import shutil
 from pathlib import Path
 
 from defense.chain_gradient import has_corners
@@ -35,7 +34,8 @@ def run(
             names.append(name)
 
     def key(p: Params) -> object:
-        return [(name, p.conditions(name)) for name in names], p.seed, p.data[dataset], p.attack
+        conditions = [(name, p.conditions(name)) for name in names]
+        return conditions, p.evaluate.images, p.seed, p.data[dataset], p.attack
 
     inputs = [files.images, files.classifier, files.energy, files.pgd]
     title = f"evaluate-{dataset}-{files.energy.stem}"
@@ -47,9 +47,10 @@ def run(
             if not path.exists():
                 attack.run(params, dataset, name, hardware, files, path, afresh=afresh)
             results[name] = AttackResult.load(path)
-        shutil.rmtree(out, ignore_errors=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(scratch.folder, out)
+        for path in out.glob("*.safetensors"):
+            path.unlink()
+        for name, result in results.items():
+            result.save(out / f"{name}.safetensors")
         scratch.done()
     say(f"evaluate {dataset}: {out}")
     return list(results.values())

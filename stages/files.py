@@ -44,6 +44,10 @@ class Paths:
         """The folder of all attacks on the defense with one energy, a record each."""
         return self.root / f"artifacts/{self.run}/records/{self.dataset}/evaluate_{energy}"
 
+    def own(self, name: str) -> Path:
+        """Where a record goes that is not the workflow's: of other files, images or attacks."""
+        return self.root / f"artifacts/{self.run}/own/{self.dataset}/{name}"
+
     def history(self, name: str) -> Path:
         """The curve of a training run."""
         return self.root / f"artifacts/{self.run}/records/{self.dataset}/{name}.csv"

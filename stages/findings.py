@@ -1,6 +1,7 @@
 """What the attacks of one evaluation say together: controls, and who broke what."""
 
 import torch
+from scipy.stats import binomtest
 
 from defense.active_test import BELIEVED
 from defense.attack import NOT_MEASURED
@@ -8,6 +9,7 @@ from stages.artifacts import AttackResult
 from stages.params import TRANSFER
 from stages.rows import count
 
+BPDA = "identity"  # the attack of that name in evaluate.attacks
 GRADIENT_FREE_MAY_WIN_BY = 0.002  # of accuracy, as in AutoAttack's own checks
 
 
@@ -31,6 +33,8 @@ def findings(results: list[AttackResult]) -> list[str]:
             )
         if scale[name] > usual:
             said.append(_at_huge_eps(name, by_name[name], robust[name]))
+    if BPDA in robust:
+        said += [_paired(name, robust[name], robust[BPDA]) for name in guided if name != BPDA]
     if guided and blind:
         said.append(_gradient_free(robust, guided, blind))
     together = torch.stack([robust[name] for name in (*guided, *blind)]).all(0)
@@ -46,6 +50,8 @@ def active_test(tensors: dict[str, torch.Tensor], about: dict[str, object]) -> s
     """Did the attack find what was planted in the ball? Zimmermann et al. (2022) ask for 95 %."""
     planted, found = tensors["planted"], tensors["found"]
     share = count(found[planted])
+    if not share.n:
+        return f"FLAG: active test: nothing could be planted in {len(planted)} images"
     hits = float(tensors["random_hits"][planted].mean())
     text = (
         f"active test: attack {about['attack']} finds {int(share.right)} of {share.n} planted "
@@ -58,6 +64,17 @@ def active_test(tensors: dict[str, torch.Tensor], about: dict[str, object]) -> s
 
 def _guided(result: AttackResult) -> bool:
     return result.about.get("gradient") in ("identity", "exact", "smoothed")
+
+
+def _paired(name: str, robust: torch.Tensor, under_bpda: torch.Tensor) -> str:
+    """The same images under an attack and under BPDA: the sign test of the differences."""
+    only, only_bpda = int((~robust & under_bpda).sum()), int((robust & ~under_bpda).sum())
+    differ = only + only_bpda
+    p = binomtest(only, differ).pvalue if differ else 1.0
+    return (
+        f"image by image, {name} breaks {only} that {BPDA} does not, {BPDA} breaks {only_bpda} "
+        f"that {name} does not (sign test p = {p:.2g})"
+    )
 
 
 def _at_huge_eps(name: str, result: AttackResult, robust: torch.Tensor) -> str:
@@ -90,9 +107,10 @@ def verification(results: list[AttackResult]) -> str:
     The latter is known of records whose verdicts were drawn to the end.
     """
     early = torch.cat([result.record.early for result in results])
+    every = torch.cat([torch.full((len(r.record.early),), int(r.about["H_def"])) for r in results])
     text = (
         f"sequential verdicts on the saved images take {float(early[:, 0].double().mean()):.0f} of "
-        f"{results[0].about['H_def']} replicas on average (n={len(early)})"
+        f"{float(every.double().mean()):.0f} replicas on average (n={len(early)})"
     )
     agrees = early[early[:, 1] != NOT_MEASURED, 1]
     if len(agrees):

@@ -14,10 +14,12 @@ def flags_of(result: AttackResult) -> list[str]:
     record, about, labels = result.record, result.about, result.images.labels
     flags = []
     broken = record.broken_at != NEVER
-    attacked = ~record.losses.isnan().any(1)
+    attacked = ~record.losses[:, 0].isnan()
     gradient = about.get("gradient")
     if gradient in ("exact", "smoothed") and attacked.any() and not record.through_chain.any():
         flags.append("gradient is the identity: the energy is piecewise linear")
+    if not torch.isfinite(record.losses[attacked]).all():
+        flags.append("losses that are no numbers")
     flat = float((record.flat_steps[attacked] > 0).float().mean()) if attacked.any() else 0.0
     if flat > 0:
         flags.append(f"zero gradients on {flat:.0%} of the attacked images")

@@ -284,6 +284,23 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _attacks_can_be_run(self) -> Self:
+        classes = self.data[self.compare_dataset].classes
+        for name, named in self.evaluate.attacks.items():
+            where = f"evaluate.attacks.{name}"
+            if named.rule == "square" and self.attack.norm != "linf":
+                raise ValueError(f"{where}.rule: square expects attack.norm linf")
+            if named.loss == "dlr" and classes < 3:
+                raise ValueError(f"{where}.loss: dlr expects at least 3 classes, got {classes}")
+        tested = self.evaluate.attacks[self.evaluate.active_test.attack]
+        if tested.loss == "dlr" or tested.scale == 0:
+            raise ValueError(
+                "evaluate.active_test.attack: expected one with a radius and another loss than dlr "
+                f"(there are two classes), got {self.evaluate.active_test.attack!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _run_is_not_relabelled(self) -> Self:
         """The name of a preset belongs to that preset's datasets: results must not be mixed up."""
         preset = PRESETS / f"{self.run}.yaml"
@@ -315,6 +332,14 @@ class Params(Section):
             )
         return self.evaluate.attacks.get(attack)
 
+    def images(self, attack: str) -> int:
+        """How many test images an attack is run on."""
+        section = self.attack
+        sizes = {"pgd": section.pgd.images, "bpda_eot": section.bpda_eot.images}
+        if attack in TABLE_ATTACKS:
+            return sizes.get(attack, section.transfer.images)
+        return self.evaluate.images
+
     def early_verdicts(self, attack: str) -> bool:
         """Tables 1-3 count all replicas, as the paper does; an evaluation need not."""
         return attack not in TABLE_ATTACKS and self.evaluate.early_verdicts
@@ -324,10 +349,11 @@ class Params(Section):
         section, langevin = self.attack, self.langevin
         named = self.named(attack)
         size, scale = (named, named.scale) if named else (section.pgd, 1.0)
+        takes_steps = named is None or named.rule == "pgd"
         shown: dict[str, object] = {
             "norm": section.norm,
             "eps_255": section.eps_255 * scale,
-            "step_255": section.step_255 * scale,
+            **({"step_255": section.step_255 * scale} if takes_steps else {}),
             "steps": size.steps,
             "restarts": size.restarts,
         }

@@ -125,6 +125,9 @@ def judged(path: Path, params: Params, attack: str) -> AttackResult:
         if result.about.get(name) != value:
             found = result.about.get(name)
             raise StageError(f"{path}: expected {name} = {value} as in params.yaml, got {found}")
+    found, expected = len(result.images.labels), params.images(attack)
+    if found != expected or result.about.get("subset"):
+        raise StageError(f"{path}: expected the first {expected} test images, got {found}")
     x, x_adv = from_bytes(result.images.images), result.record.adversarial
     threat = ThreatModel(params.attack.norm, float(result.about["eps_255"]))
     if not torch.isfinite(x_adv).all():

@@ -153,6 +153,37 @@ def test_smoothed_replaces_corners_in_a_copy() -> None:
         smoothed(make_energy(activation="silu"), 0.03)
 
 
+def test_an_activation_that_stands_in_two_places_is_smoothed_in_both() -> None:
+    act = nn.LeakyReLU(0.05)
+    smooth = smoothed(nn.Sequential(nn.Linear(2, 2), act, nn.Linear(2, 1), act), 0.01)
+    assert isinstance(smooth[1], SmoothLeakyReLU)
+    assert isinstance(smooth[3], SmoothLeakyReLU)
+    with pytest.raises(ValueError, match="expected its ReLUs to be modules inside it"):
+        smoothed(nn.ReLU(), 0.01)
+
+
+def test_a_gradient_that_is_zero_says_nothing_of_the_chain() -> None:
+    class Flat(Pick):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0.0
+
+    defense = EOTDefense(
+        Flat(), double_energy("silu"), LangevinConfig(3, TAU), replicas=2, gradient="exact"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_gradient(defense, (make_images("digits", 2).double() + 1) / 2, torch.tensor([0, 1]))
+    assert not defense.gradient_came_back
+
+
+def test_there_is_no_second_derivative_to_get_wrong() -> None:
+    defense = defend(double_energy("silu"), "exact")
+    x = ((make_images("digits", 2).double() + 1) / 2).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(defense(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 class Pick(nn.Module):
     """A linear classifier of two classes with known gradients."""
 

@@ -133,6 +133,18 @@ def test_savings_and_agreement_of_early_verdicts_are_said() -> None:
     assert "all replicas say" not in verification([early])
 
 
+def test_a_defense_in_which_nothing_can_be_planted_is_flagged() -> None:
+    nothing = torch.zeros(N, dtype=torch.bool)
+    tensors = {"planted": nothing, "found": nothing, "random_hits": torch.zeros(N)}
+    assert active_test(tensors, {}).startswith("FLAG: active test: nothing could be planted")
+
+
+def test_images_are_compared_with_bpda_one_by_one() -> None:
+    text = said("image by image", identity=5, smoothed=14)
+    assert "smoothed breaks 9 that identity does not, identity breaks 0" in text
+    assert "p = 0.0039" in text
+
+
 @pytest.mark.parametrize(("found", "flagged"), [(20, False), (19, False), (18, True)])
 def test_an_attack_that_misses_what_was_planted_is_flagged(found: int, flagged: bool) -> None:
     planted = torch.ones(N + 1, dtype=torch.bool)

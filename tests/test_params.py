@@ -154,3 +154,51 @@ def test_conditions_of_a_defense_state_its_chain() -> None:
 
 def test_the_precisions_are_those_of_the_library() -> None:
     assert get_args(params_module.Precision) == get_args(Precision)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("attack", "norm"), "l2", "evaluate.attacks.square.rule: square expects attack.norm linf"),
+        (("evaluate", "draws"), 11, "evaluate.draws: expected <= attack.sequential.first = 10"),
+        (("evaluate", "images"), 501, "evaluate.images: expected <= attack.pgd.images = 500"),
+        (
+            ("evaluate", "attacks", "exact", "gradient"),
+            "none",
+            "gradient: rule pgd expects identity, exact or smoothed, got none",
+        ),
+        (
+            ("evaluate", "attacks", "square", "gradient"),
+            "exact",
+            "gradient: rule square expects none, got exact",
+        ),
+        (("evaluate", "active_test", "attack"), "nothing", "active_test.attack: expected one of"),
+        (
+            ("evaluate", "active_test", "attack"),
+            "no_attack",
+            "evaluate.active_test.attack: expected one with a radius",
+        ),
+        (("data", "digits", "classes"), 2, None),
+    ],
+)
+def test_attacks_that_cannot_be_run_are_said_before_any_work(
+    where: tuple[str, ...], value: object, message: str | None
+) -> None:
+    values: Any = yaml.safe_load(presets.text("digits"))
+    section = values
+    for name in where[:-1]:
+        section = section[name]
+    section[where[-1]] = value
+    if message is None:
+        values["evaluate"]["attacks"]["apgd"]["loss"] = "dlr"
+        message = "evaluate.attacks.apgd.loss: dlr expects at least 3 classes, got 2"
+    with pytest.raises(StageError) as error:
+        validate_params(values, Path("params.yaml"))
+    assert message in str(error.value)
+
+
+def test_the_name_of_an_attack_is_not_taken_twice() -> None:
+    values: Any = yaml.safe_load(presets.text("digits"))
+    values["evaluate"]["attacks"]["pgd"] = values["evaluate"]["attacks"]["exact"]
+    with pytest.raises(StageError, match="'pgd' is the name of another attack"):
+        validate_params(values, Path("params.yaml"))

@@ -357,7 +357,7 @@ def test_weights_say_which_network_they_are(folder: Path) -> None:
 
 def test_a_record_says_what_it_was_made_of(folder: Path) -> None:
     about = AttackResult.load(PATHS.evaluation("convergent") / "exact.safetensors").about
-    files = {"digits", "classifier", "ebm_convergent"}
+    files = {"images", "classifier", "energy"}
     assert about["files"].keys() == files
     assert about["files"]["classifier"] == fingerprint(PATHS.model("classifier"))
     assert {"device", "torch", "threads", "engine", "activation", "cost", "flags"} <= about.keys()
@@ -371,3 +371,46 @@ def test_the_schedule_is_benched_against_the_printed_algorithm(folder: Path) -> 
     assert rows[0]["speedup"] == 1.0
     assert rows[0]["image_steps"] >= rows[1]["image_steps"]
     assert len({row["natural"] for row in rows[:2]}) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["attack digits smoothed", "attack digits bpda_eot --subset 0:5"],
+)
+def test_what_is_not_the_workflows_is_kept_apart(folder: Path, words: str) -> None:
+    before = {path: path.read_bytes() for path in PATHS.record("pgd").parent.rglob("*.safetensors")}
+    assert command(words).exit_code == 0
+    assert PATHS.own(f"{words.split()[2]}.safetensors").exists()
+    after = {path: path.read_bytes() for path in PATHS.record("pgd").parent.rglob("*.safetensors")}
+    assert after == before
+
+
+def test_the_report_refuses_a_record_of_other_images(folder: Path) -> None:
+    path = PATHS.record("bpda_eot")
+    kept = path.read_bytes()
+    assert command(f"attack digits bpda_eot --subset 0:5 --out {path}").exit_code == 0
+    result = command("report --out refused")
+    path.write_bytes(kept)
+    assert result.exit_code == 2
+    assert "expected the first 8 test images, got 5" in " ".join(result.output.split())
+
+
+def test_the_number_of_images_belongs_to_unfinished_work(folder: Path) -> None:
+    """A last, partial shard of an earlier size must not be taken for a whole one."""
+    values = tiny_params()
+    names = []
+    for images in (6, 7):
+        values["evaluate"]["images"] = images
+        Path("sized.yaml").write_text(yaml.safe_dump(values))
+        params = load_params(Path("sized.yaml"))
+        names.append((params.images("exact"), params.images("transfer"), params.images("pgd")))
+    assert names == [(6, 6, 12), (7, 7, 12)]
+    process = run_in_background("evaluate digits --params sized.yaml --out sized")
+    wait_for("evaluate-digits-*/transfer.safetensors", process)
+    process.kill()
+    process.wait()
+    values["evaluate"]["images"] = 6
+    Path("sized.yaml").write_text(yaml.safe_dump(values))
+    assert command("evaluate digits --params sized.yaml --out sized").exit_code == 0
+    sizes = {len(AttackResult.load(path).images.labels) for path in Path("sized").iterdir()}
+    assert sizes == {6}

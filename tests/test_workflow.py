@@ -42,7 +42,7 @@ HOMES = {
     "torchvision": {"stages/prepare_data.py"},
     "sklearn": {"stages/prepare_data.py"},
     "PIL": {"stages/prepare_data.py"},
-    "scipy": {"defense/verdict.py"},
+    "scipy": {"defense/verdict.py", "stages/findings.py"},
     "ruamel": {"stages/presets.py"},
     "dvc": set(),
 }
