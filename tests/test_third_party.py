@@ -1,7 +1,7 @@
 """Attack libraries as they are published, on an `EOTDefense` as it is, over nets that work.
 
-Each is given what it asks of every model and no more. They are not installed with this project;
-what is not there is skipped.
+Each is given what it asks of every model and no more. They come with the dev extras; what is not
+installed is skipped.
 """
 
 import copy
