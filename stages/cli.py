@@ -10,7 +10,7 @@ import typer
 from stages import StageError, Stopped, console, presets
 from stages.console import say
 from stages.files import Paths, reports, write_text
-from stages.params import TABLE_ATTACKS, Params, load_params
+from stages.params import EVALUATED, TABLE_ATTACKS, Params, load_params
 
 app = typer.Typer(
     help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
@@ -282,6 +282,8 @@ def evaluate(
     """Run every attack under evaluate.attacks on the defense; print all accuracies and flags."""
     with _stage(params_file) as params:
         params.dataset(dataset)
+        if energy is None and name not in EVALUATED:
+            raise StageError(f"energy: expected one of {list(EVALUATED)}, got {name!r}")
         own = any((images, classifier, energy, pgd))
         from stages import evaluate as stage
         from stages import tables

@@ -200,6 +200,11 @@ def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) 
         ("attack digits bpda_eot --classifier none.safetensors", "none.safetensors: no such file"),
         ("attack digits bpda_eot --energy none.safetensors", "`stochsec train-ebm digits"),
         ("attack digits nonsense", "attack: expected one of ['pgd', 'transfer_K_short'"),
+        ("evaluate digits nonsense", "energy: expected one of ['convergent', 'smooth_convergent']"),
+        (
+            f"attack digits smoothed --energy {PATHS.model('ebm_smooth_convergent')}",
+            "has no corners to smooth",
+        ),
         ("train-ebm digits nonsense", "phase: expected one of ['adam', 'convergent'"),
         ("attack digits pgd --images none.npz", "none.npz: no such file"),
         ("attack digits pgd --classifier corrupt.bin", "corrupt.bin: not a readable safetensors"),

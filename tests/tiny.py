@@ -45,7 +45,7 @@ TINY: dict[str, Any] = {
         "attacks": {
             "identity": named("pgd", "identity"),
             "exact": named("pgd", "exact"),
-            "smoothed": named("pgd", "smoothed", loss="dlr"),
+            "smoothed": named("pgd", "smoothed", loss="margin"),
             "apgd": named("apgd", "exact", loss="margin"),
             "square": named("square", "none", steps=5),
             "no_attack": named("noise", "none", scale=0),
