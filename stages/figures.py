@@ -144,11 +144,12 @@ def evaluation(results: dict[str, list[AttackResult]], draws: int) -> Figure:
                 fresh, places, s=18, color=colour, marker=marker, label=label.format(draws=draws)
             )
         natural = scores[0]["natural"]
-        ax.axvline(natural.value, color=GREY, ls=":", lw=1)
+        ax.axvline(natural.value, color=GREY, ls=":", lw=1, label="natural images")
         names = [str(result.about["attack"]).replace("_", " ") for result in found]
         ax.set_yticks(places, names)
         ax.invert_yaxis()
-        title = f"{energy.replace('_', ' ')} (n={natural.n}, dotted: natural {natural.value:.2f})"
+        activation = str(found[0].about["activation"]).replace("_", " ")
+        title = f"{energy.replace('_', ' ')} energy, {activation} (n={natural.n})"
         ax.set(title=title, xlim=(0, 1.02), xlabel="accuracy")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
