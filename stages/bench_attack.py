@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from defense.attack import AttackConfig, run_attack, search
-from defense.langevin import Chain, ChainLog, EnergyFn, LangevinConfig
+from defense.langevin import Chain, EnergyFn, LangevinConfig
 from defense.pixels import from_bytes
 from defense.plain_attack import algorithm_1
 from defense.rng import make_generator
@@ -42,25 +42,14 @@ do. Every block of {block} images went through all ways in turn.
 """
 
 
-class Counting(NamedTuple):
-    """A chain that adds up the Langevin steps of single images."""
+def counting(chain: Chain, total: list[int]) -> Chain:
+    """The chain, adding up the Langevin steps of single images in ``total``."""
 
-    chain: Chain
-    total: list[int]
+    def counted(energy: EnergyFn, x: Tensor, config: LangevinConfig, **options: Any) -> Tensor:
+        total[0] += len(x) * config.steps
+        return chain(energy, x, config, **options)
 
-    def __call__(
-        self,
-        energy: EnergyFn,
-        x: Tensor,
-        config: LangevinConfig,
-        *,
-        generator: Generator | None,
-        log: ChainLog | None = None,
-        states: list[Tensor] | None = None,
-    ) -> Tensor:
-        """The chain's own call."""
-        self.total[0] += len(x) * config.steps
-        return self.chain(energy, x, config, generator=generator, log=log, states=states)
+    return counted
 
 
 Way = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -82,7 +71,7 @@ def run(
     nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
     data = load_images(files.images, "test", params.dataset(dataset), images)
     spent = [0]
-    counted = replace(nets, counted=lambda chain: Counting(chain, spent))
+    counted = replace(nets, counted=lambda chain: counting(chain, spent))
     ways = ways_of(counted, steps)
     rows = measure(ways, data, hardware, block, spent)
     langevin = params.langevin

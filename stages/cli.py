@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from stages import StageError, Stopped, console, presets
 from stages.console import say
 from stages.files import Paths, reports, write_text
 from stages.params import EVALUATED, TABLE_ATTACKS, Params, load_params
+
+if TYPE_CHECKING:
+    from stages.attack import Files
 
 app = typer.Typer(
     help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
@@ -237,17 +240,31 @@ def attack(
             dataset,
             attack,
             Hardware.choose(device, max_chains),
-            stage.Files(
-                images=images or paths.images,
-                classifier=classifier or paths.model("classifier"),
-                energy=energy or paths.model("ebm_convergent"),
-                pgd=pgd or paths.record("pgd"),
-            ),
+            _files(paths, images, classifier, energy, pgd),
             out or (paths.own(f"{attack}.safetensors") if own else paths.record(attack)),
             subset=limits,
             afresh=not resume,
         )
         tables.show_attacks([result], params.evaluate.draws)
+
+
+def _files(
+    paths: Paths,
+    images: Path | None,
+    classifier: Path | None,
+    energy: Path | None,
+    pgd: Path | None,
+    phase: str = "convergent",
+) -> "Files":
+    """What was given, and for the rest what the workflow has made."""
+    from stages.attack import Files
+
+    return Files(
+        images=images or paths.images,
+        classifier=classifier or paths.model("classifier"),
+        energy=energy or paths.model(f"ebm_{phase}"),
+        pgd=pgd or paths.record("pgd"),
+    )
 
 
 def _limits(subset: str | None) -> tuple[int, int] | None:
@@ -287,7 +304,6 @@ def evaluate(
         own = any((images, classifier, energy, pgd))
         from stages import evaluate as stage
         from stages import tables
-        from stages.attack import Files
         from stages.hardware import Hardware
 
         paths = Paths(params.run, dataset)
@@ -295,12 +311,7 @@ def evaluate(
             params,
             dataset,
             Hardware.choose(device, max_chains),
-            Files(
-                images=images or paths.images,
-                classifier=classifier or paths.model("classifier"),
-                energy=energy or paths.model(f"ebm_{name}"),
-                pgd=pgd or paths.record("pgd"),
-            ),
+            _files(paths, images, classifier, energy, pgd, phase=name),
             out or (paths.own(f"evaluate_{name}") if own else paths.evaluation(name)),
             afresh=not resume,
         )
@@ -323,7 +334,6 @@ def active_test(
         params.dataset(dataset)
         own = any((images, classifier, energy))
         from stages import active_test as stage
-        from stages.attack import Files
         from stages.hardware import Hardware
 
         paths = Paths(params.run, dataset)
@@ -331,12 +341,7 @@ def active_test(
             params,
             dataset,
             Hardware.choose(device, max_chains),
-            Files(
-                images=images or paths.images,
-                classifier=classifier or paths.model("classifier"),
-                energy=energy or paths.model("ebm_convergent"),
-                pgd=paths.record("pgd"),
-            ),
+            _files(paths, images, classifier, energy, None),
             out or (paths.own("active_test.safetensors") if own else paths.record("active_test")),
         )
 
@@ -452,7 +457,6 @@ def bench_attack(
     with _stage(params_file) as params:
         params.dataset(dataset)
         from stages import bench_attack as stage
-        from stages.attack import Files
         from stages.hardware import Hardware
 
         paths = Paths(params.run, dataset)
@@ -460,12 +464,7 @@ def bench_attack(
             params,
             dataset,
             Hardware.choose(device, max_chains),
-            Files(
-                images=paths.images,
-                classifier=classifier or paths.model("classifier"),
-                energy=energy or paths.model("ebm_convergent"),
-                pgd=paths.record("pgd"),
-            ),
+            _files(paths, None, classifier, energy, None),
             images=images,
             steps=steps,
             block=block,
