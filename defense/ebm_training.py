@@ -110,7 +110,7 @@ class EBMTrainer:
         return {
             "energy": self.energy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "bank": self.bank.states,
+            "bank": self.bank.state_dict(),
             "generator": self.generator.get_state(),
             "batches_done": self.batches_done,
         }
@@ -119,6 +119,6 @@ class EBMTrainer:
         """Restore what `state_dict` saved, into a trainer made with the same arguments."""
         self.energy.load_state_dict(state["energy"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.bank.states.copy_(state["bank"])
+        self.bank.load_state_dict(state["bank"])
         self.generator.set_state(state["generator"])
         self.batches_done = state["batches_done"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from defense.attack import loss_gradient
-from defense.bank import ImageBank
+from defense.bank import CompactBank
 from defense.classifier import WideResNet
 from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer
 from defense.compiled import CompiledLangevin
@@ -180,7 +180,7 @@ def ours(job: Job, engine: str, precision: Precision) -> Work:
         return lambda: chain(energy, x[: job.batch], config, generator=generator)
 
     if job.task == "ebm_update":
-        bank = ImageBank(torch.rand_like(x))
+        bank = CompactBank(torch.rand_like(x))
         about = EBMTrainConfig("adam", RATE, job.batch, TAU, config, precision)
         return EBMTrainer(job.energy(), x, bank, about, generator=generator, chain=chain).update
 
