@@ -6,4 +6,8 @@ class StageError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 - a request, not an error
-    """The user or the system asked the stage to stop; what was done is kept."""
+    """The user, the system or the time limit asked the stage to stop; what was done is kept."""
+
+    def __init__(self, message: str, *, time_is_up: bool) -> None:
+        super().__init__(message)
+        self.time_is_up = time_is_up

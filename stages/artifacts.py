@@ -102,12 +102,12 @@ def load_images(path: Path, split: str, section: Dataset, count: int | None = No
 # Weights and training states
 
 
-def save_weights(path: Path, module: nn.Module) -> None:
-    """The weights of a network as safetensors, with the arguments that build it."""
+def save_weights(path: Path, module: nn.Module, **more: object) -> None:
+    """The weights of a network as safetensors, with the arguments that build it, and ``more``."""
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
-    about = {"network": type(module).__name__, "architecture": module.architecture}
+    about = {"network": type(module).__name__, "architecture": module.architecture, **more}
     save_tensors(path, tensors, about)
 
 
@@ -210,11 +210,16 @@ class AttackResult:
 
     @classmethod
     def concatenate(cls, parts: Sequence["AttackResult"]) -> "AttackResult":
-        """Several shards as one record, with the description of the first."""
+        """Several shards as one record; what their descriptions say differently is all said."""
 
         def joined(kind: type, values: list[Any]) -> Any:
             return kind(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(kind)))
 
         images = joined(Images, [part.images for part in parts])
         record = joined(AttackRecord, [part.record for part in parts])
-        return cls(images, record, dict(parts[0].about))
+        about = dict(parts[0].about)
+        for name in about:
+            said = dict.fromkeys(str(part.about.get(name)) for part in parts)
+            if len(said) > 1:  # made in turns on several machines
+                about[name] = ", ".join(said)
+        return cls(images, record, about)

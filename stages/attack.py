@@ -57,10 +57,12 @@ def run(
     *,
     subset: tuple[int, int] | None = None,
     afresh: bool = False,
+    within: Scratch | None = None,
 ) -> AttackResult:
     """Attack the first test images, or those of a ``subset`` [start, stop); the joined record.
 
-    What an earlier run of the same command has finished is kept, unless ``afresh``.
+    What an earlier run of the same command has finished is kept, unless ``afresh``. An attack
+    ``within`` the work of an evaluation keeps its own there.
     """
     plan = make_plan(params, dataset, attack, hardware, files)
     start, stop = subset or (0, params.images(attack))
@@ -88,9 +90,10 @@ def run(
         for number, part in enumerate(data.shards(params.attack.shard, start))
         if len(part.labels)
     }
+    inputs = [*plan.inputs.values()]
     with (
         said_warnings(),
-        Scratch(name, params, key, [*plan.inputs.values()], hardware, afresh=afresh) as scratch,
+        Scratch(name, params, key, inputs, hardware, afresh=afresh, within=within) as scratch,
     ):
         shards = run_shards(plan, name, parts, hardware, scratch, about)
         joined = AttackResult.concatenate(shards)
@@ -118,6 +121,7 @@ def run_shards(
             path = scratch.folder / f"shard-{number:04d}.safetensors"
 
             def on_step(robust: int, shown: str = f"of {len(part.labels)} in this shard") -> None:
+                scratch.check_clock()
                 track.advance(watch=f"{robust} robust {shown}")
 
             if not path.exists():
@@ -125,6 +129,7 @@ def run_shards(
                 labels = part.labels.to(hardware.device)
                 record = plan.evaluate(number, part, pixels, labels, on_step)
                 AttackResult(part, record, about).save(path)
+                scratch.lap()
             shards.append(AttackResult.load(path))
             track.advance(max(0, done * plan.steps - track.done), so_far(shards))
     return shards

@@ -45,7 +45,7 @@ def run(
             scratch.check()
             path = scratch.folder / f"{name}.safetensors"
             if not path.exists():
-                attack.run(params, dataset, name, hardware, files, path, afresh=afresh)
+                attack.run(params, dataset, name, hardware, files, path, within=scratch)
             results[name] = AttackResult.load(path)
         for path in out.glob("*.safetensors"):
             path.unlink()

@@ -58,6 +58,11 @@ def reports(run: str) -> Path:
     return Path(f"reports/{run}")
 
 
+def pretrained(run: str) -> Path:
+    """The folder of a run's published energies, kept in git."""
+    return Path(f"pretrained/{run}")
+
+
 class Whole:
     """``with Whole(path) as partial:`` write to ``partial``; it becomes ``path`` at the end.
 
@@ -91,6 +96,21 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def source_files() -> list[Path]:
+    """The modules of both packages."""
+    root = Path(__file__).parent.parent
+    return sorted(path for name in ("defense", "stages") for path in (root / name).glob("*.py"))
+
+
+def readable(path: Path) -> str:
+    """The size of a file, or of all files in a folder, for a person."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    size = float(sum(file.stat().st_size for file in files if file.is_file()))
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = next((i for i in range(len(units)) if size < 1000 ** (i + 1)), len(units) - 1)
+    return f"{size / 1000**power:.{0 if power == 0 else 1}f} {units[power]}"
 
 
 def fingerprint(path: Path) -> str:

@@ -1,7 +1,10 @@
 """What belongs to the machine and not to the experiment."""
 
+import math
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -12,14 +15,23 @@ ENGINES = ("auto", "compiled", "plain")
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device and how much runs at once: options or environment, never params.yaml."""
+    """The device, how much runs at once and how long: options or environment, never params.yaml."""
 
     device: torch.device
     max_chains: int  # chains that advance together
+    time_limit: float = math.inf  # minutes from now on
+    checkpoint: Path | None = None  # the file in which unfinished work travels
+    began: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def choose(cls, device: str | None = None, max_chains: int | None = None) -> "Hardware":
-        """Options first, then STOCHSEC_DEVICE and STOCHSEC_MAX_CHAINS, then what is here."""
+    def choose(
+        cls,
+        device: str | None = None,
+        max_chains: int | None = None,
+        time_limit: float | None = None,
+        checkpoint: Path | None = None,
+    ) -> "Hardware":
+        """Options first, then STOCHSEC_DEVICE, _MAX_CHAINS and _TIME_LIMIT, then what is here."""
         name = device or os.environ.get("STOCHSEC_DEVICE")
         name = name or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -30,7 +42,18 @@ class Hardware:
         chains = str(max_chains or os.environ.get("STOCHSEC_MAX_CHAINS") or default)
         if not chains.isdigit() or int(chains) < 1:
             raise StageError(f"STOCHSEC_MAX_CHAINS: expected a number >= 1, got {chains!r}")
-        return cls(chosen, int(chains))
+        minutes = str(time_limit or os.environ.get("STOCHSEC_TIME_LIMIT") or math.inf)
+        try:
+            limit = float(minutes)
+        except ValueError:
+            limit = math.nan
+        if not limit > 0:
+            raise StageError(f"STOCHSEC_TIME_LIMIT: expected minutes > 0, got {minutes!r}")
+        return cls(chosen, int(chains), limit, checkpoint)
+
+    def seconds_left(self) -> float:
+        """Until the time limit."""
+        return self.began + 60 * self.time_limit - time.monotonic()
 
     def classifier_precision(self) -> str:
         """Of a trained classifier's convolutions: torch's default."""

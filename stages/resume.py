@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -17,19 +18,24 @@ from torch import Tensor
 from stages import StageError, Stopped
 from stages.artifacts import load_tensors, save_tensors
 from stages.console import say
-from stages.files import require
+from stages.files import Whole, fingerprint, readable, require, source_files
 from stages.hardware import Hardware
 from stages.params import Params
+
+MANIFEST = "work.json"  # in a checkpoint file: what the work belongs to
 
 
 class Scratch:
     """A folder for one stage's unfinished work, keyed by all that determines its result.
 
     That is ``key`` of the parameters, the files read, the machine's settings and the source of both
-    packages; ``afresh`` forgets what an earlier run has left.
+    packages; ``afresh`` forgets what an earlier run has left. The folder lies in .scratch, or
+    ``within`` that of work of which this is a part.
 
-    Inside the ``with`` block a first Ctrl-C or SIGTERM only sets ``stopping``: a loop
-    calls `check` where its state is saved. `done` removes the folder once the out is written.
+    Inside the ``with`` block a first Ctrl-C or SIGTERM only sets ``stopping``, and so does the end
+    of the time limit: a loop calls `lap` after each piece of its work, and `check` where its state
+    is saved. `done` removes the folder once the out is written. ``hardware.checkpoint`` is a file
+    in which the folder travels: read at the start, written once a minute and when the stage stops.
     """
 
     def __init__(
@@ -41,19 +47,29 @@ class Scratch:
         hardware: Hardware,
         *,
         afresh: bool = False,
+        within: "Scratch | None" = None,
     ) -> None:
-        self.afresh = afresh
-        self.params, self.key = params, key
-        about = (repr(key(params)), hardware.conditions())
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        root = Path(__file__).parent.parent
-        sources = [p for package in ("defense", "stages") for p in (root / package).glob("*.py")]
-        for path in [*inputs, *sorted(sources)]:
+        for path in inputs:
             require(path)
-            digest.update(path.read_bytes())
+        self.afresh, self.hardware = afresh, hardware
+        self.params, self.key = params, key
+        self.belongs: dict[str, object] = {
+            "work": name,
+            "parameters": repr(key(params)),
+            "files": [fingerprint(path) for path in inputs],
+        }
+        self.made_by: dict[str, object] = {
+            "source": [fingerprint(path) for path in source_files()],
+            "machine": hardware.conditions(),
+        }
+        about = json.dumps([self.belongs, self.made_by], sort_keys=True)
+        self.root: Scratch = within.root if within else self
         scratch = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
-        self.folder = scratch / f"{name}-{digest.hexdigest()[:12]}"
-        self.stopping = False
+        digest = hashlib.sha256(about.encode()).hexdigest()
+        self.folder: Path = (within.folder if within else scratch) / f"{name}-{digest[:12]}"
+        self.packed = Stopwatch()
+        self.asked_to_stop = False
+        self.laps, self.longest, self.lap_began = 0, 0.0, time.monotonic()
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,21 +81,96 @@ class Scratch:
         if self.afresh:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
+        elif self.root is self and self.hardware.checkpoint:
+            self._unpack(self.hardware.checkpoint)
         self._handlers = {
             number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
         }
+        self.lap_began = time.monotonic()
         return self
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopping:  # asked twice: do not wait for the next safe point
+        if self.asked_to_stop:  # asked twice: do not wait for the next safe point
             raise KeyboardInterrupt
-        self.stopping = True
+        self.asked_to_stop = True
         say("stopping where it is safe; once more to stop now")
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asks for the end, or too little time is left for another lap."""
+        return self.asked_to_stop or self.hardware.seconds_left() <= self.longest
+
+    def lap(self) -> None:
+        """A piece of work has ended; others may take as long."""
+        now = time.monotonic()
+        self.longest, self.lap_began = max(self.longest, now - self.lap_began), now
+        self.root.laps += 1
+
     def check(self) -> None:
-        """Leave the stage if a stop was asked for; call it with everything saved."""
+        """Leave the stage if it is asked to stop; call it with everything saved."""
         if self.stopping:
-            raise Stopped
+            self._leave()
+        if self.root.packed.due():
+            self.root._pack()
+
+    def check_clock(self) -> None:
+        """Leave in the middle of a piece if the time is up: the piece is lost, not the window."""
+        if self.hardware.seconds_left() > 0:
+            return
+        if not self.root.laps:
+            raise StageError(
+                f"time limit: {self.hardware.time_limit:g} minutes are too few for one piece of "
+                "this work; give more, or lower attack.shard"
+            )
+        self._leave()
+
+    def _leave(self) -> None:
+        self.root._pack()
+        kept = self.hardware.checkpoint or self.root.folder
+        why = "stopped" if self.asked_to_stop else "the time is up"
+        raise Stopped(
+            f"{why}; {kept} ({readable(kept)}) keeps what is done, run the same command to go on",
+            time_is_up=not self.asked_to_stop,
+        )
+
+    def _pack(self) -> None:
+        """The folder as one file, if it is to travel."""
+        if self.hardware.checkpoint is None:
+            return
+        with (
+            Whole(self.hardware.checkpoint) as partial,
+            zipfile.ZipFile(partial, "w") as archive,
+        ):
+            archive.writestr(MANIFEST, json.dumps({**self.belongs, **self.made_by}))
+            for path in sorted(self.folder.rglob("*")):
+                if path.is_file() and path.suffix != ".lock":
+                    archive.write(path, path.relative_to(self.folder))
+
+    def _unpack(self, path: Path) -> None:
+        """A checkpoint file into the folder, unless the folder has newer work.
+
+        `StageError` if it is of other parameters or files; another machine, or other source, is
+        only said.
+        """
+        if not path.exists():
+            return
+        try:
+            with zipfile.ZipFile(path) as archive:
+                about = json.loads(archive.read(MANIFEST))
+                for name, value in self.belongs.items():
+                    if about.get(name) != value:
+                        raise StageError(f"{path}: is a checkpoint of other {name}; {REMEDY}")
+                mine = [p.stat().st_mtime for p in self.folder.rglob("*") if p.is_file()]
+                if mine and max(mine) > path.stat().st_mtime:
+                    return
+                for name, value in self.made_by.items():
+                    if about.get(name) != json.loads(json.dumps(value)):
+                        say(f"{path}: made by another {name}; its work goes on here")
+                shutil.rmtree(self.folder)
+                archive.extractall(self.folder)
+        except (zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
+            raise StageError(f"{path}: not a checkpoint file ({error}); {REMEDY}") from None
+        (self.folder / MANIFEST).unlink()
 
     def piece(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Named tensors, computed and saved unless an earlier run of the stage has done so."""
@@ -87,6 +178,7 @@ class Scratch:
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             save_tensors(path, compute(), {})
+            self.lap()
         return load_tensors(path)[0]
 
     def done(self) -> None:
@@ -98,6 +190,8 @@ class Scratch:
         if self.key(self.params.reloaded()) != self.key(self.params):
             raise StageError("params.yaml changed while the stage ran; its result is not recorded")
         shutil.rmtree(self.folder)
+        if self.root is self and self.hardware.checkpoint:
+            self.hardware.checkpoint.unlink(missing_ok=True)
 
     def __exit__(
         self,
@@ -108,6 +202,9 @@ class Scratch:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._lock.close()
+
+
+REMEDY = "delete it, or name another file"
 
 
 class Stopwatch:

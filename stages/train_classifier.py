@@ -59,6 +59,7 @@ def run(
         with Track(f"classifier {dataset}", epochs, unit="epochs", done=len(rows)) as track:
             while trainer.epochs_done < epochs:
                 loss = trainer.epoch()
+                scratch.lap()
                 rows.append((trainer.epochs_done, loss, accuracy()))
                 track.advance(watch=f"loss {loss:.3f}  test accuracy {rows[-1][2]:.4f}")
                 if saved.due() or scratch.stopping:
