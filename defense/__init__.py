@@ -17,6 +17,7 @@ active_test         does an attack find what was planted for it?
 bank, ebm_training  the persistent chains and Algorithm 2, equations (1)-(2)
 classifier_training natural training of the classifier
 inference           frozen networks, asked in pieces
+pretrained          load_energy: a trained energy from its file
 diagnostics         states along chains, the spread of mean logits
 """
 
@@ -27,6 +28,7 @@ from defense.energy import ConvEnergy
 from defense.eot import EOTDefense, straight_through
 from defense.inference import freeze
 from defense.langevin import Chain, LangevinConfig, langevin
+from defense.pretrained import load_energy
 from defense.threat import ThreatModel
 from defense.verdict import Sequential
 from defense.written_hessian import written_product
@@ -45,6 +47,7 @@ __all__ = [
     "WideResNet",
     "freeze",
     "langevin",
+    "load_energy",
     "run_attack",
     "run_transfer",
     "straight_through",

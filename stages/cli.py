@@ -9,7 +9,7 @@ import typer
 
 from stages import StageError, Stopped, console, presets
 from stages.console import say
-from stages.files import Paths, reports, write_text
+from stages.files import Paths, pretrained, reports, write_text
 from stages.params import EVALUATED, TABLE_ATTACKS, Params, load_params
 
 if TYPE_CHECKING:
@@ -35,6 +35,23 @@ MaxChains = Annotated[
         min=1,
         help="Chains that advance together (memory); else $STOCHSEC_MAX_CHAINS, else 200 on a "
         "CPU and 4096 on a GPU.",
+    ),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        metavar="MINUTES",
+        help="Stop after so long, all work kept, with exit status 75; the same command goes on. "
+        "Else $STOCHSEC_TIME_LIMIT, else never.",
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        dir_okay=False,
+        help="Keep unfinished work in this one file too, to go on with it on another machine; "
+        "read if it is there, written once a minute, deleted when the work is done.",
     ),
 ]
 ImagesFile = Annotated[
@@ -81,6 +98,7 @@ Out = Annotated[
 ]
 
 DEFAULT_PARAMS = Path("params.yaml")
+TIME_IS_UP = 75  # exit status of a stage that its time limit stopped: try again
 
 
 @contextmanager
@@ -98,9 +116,9 @@ def _mendable() -> Iterator[None]:
     except StageError as error:
         say(f"error: {error}")
         raise typer.Exit(2) from None
-    except Stopped:
-        say("stopped; what is done is kept, run the same command to go on")
-        raise typer.Exit(130) from None
+    except Stopped as stop:
+        say(str(stop))
+        raise typer.Exit(TIME_IS_UP if stop.time_is_up else 130) from None
 
 
 @app.callback()
@@ -142,6 +160,8 @@ def train_classifier(
     images: ImagesFile = None,
     out: Out = None,
     device: Device = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Train the classifier that is to be secured, naturally. Resumes after a kill."""
     with _stage(params_file) as params:
@@ -153,7 +173,7 @@ def train_classifier(
         stage.run(
             params,
             dataset,
-            Hardware.choose(device),
+            Hardware.choose(device, None, time_limit, checkpoint),
             images=images or paths.images,
             out=out or paths.model("classifier"),
             history=out.with_suffix(".csv") if out else paths.history("classifier"),
@@ -177,6 +197,8 @@ def train_ebm(
     ] = None,
     out: Out = None,
     device: Device = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Train the energy, Algorithm 2, one phase. Resumes after a kill."""
     with _stage(params_file) as params:
@@ -189,7 +211,7 @@ def train_ebm(
             params,
             dataset,
             phase,
-            Hardware.choose(device),
+            Hardware.choose(device, None, time_limit, checkpoint),
             images=images or paths.images,
             start=start or paths.state(f"ebm_{'smooth_' * phase.startswith('smooth_')}adam"),
             out=out or paths.model(name),
@@ -224,6 +246,8 @@ def attack(
     resume: Resume = True,
     device: Device = None,
     max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Attack the classifier or its defense on test images; print every accuracy and flag."""
     with _stage(params_file) as params:
@@ -239,7 +263,7 @@ def attack(
             params,
             dataset,
             attack,
-            Hardware.choose(device, max_chains),
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
             _files(paths, images, classifier, energy, pgd),
             out or (paths.own(f"{attack}.safetensors") if own else paths.record(attack)),
             subset=limits,
@@ -295,6 +319,8 @@ def evaluate(
     resume: Resume = True,
     device: Device = None,
     max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Run every attack under evaluate.attacks on the defense; print all accuracies and flags."""
     with _stage(params_file) as params:
@@ -310,7 +336,7 @@ def evaluate(
         results = stage.run(
             params,
             dataset,
-            Hardware.choose(device, max_chains),
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
             _files(paths, images, classifier, energy, pgd, phase=name),
             out or (paths.own(f"evaluate_{name}") if own else paths.evaluation(name)),
             afresh=not resume,
@@ -328,6 +354,8 @@ def active_test(
     out: Out = None,
     device: Device = None,
     max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Plant adversarial images that evaluate.active_test.attack has to find."""
     with _stage(params_file) as params:
@@ -340,7 +368,7 @@ def active_test(
         stage.run(
             params,
             dataset,
-            Hardware.choose(device, max_chains),
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
             _files(paths, images, classifier, energy, None),
             out or (paths.own("active_test.safetensors") if own else paths.record("active_test")),
         )
@@ -362,6 +390,8 @@ def compare(
     out: Out = None,
     device: Device = None,
     max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Compare convergent with non-convergent learning over the number of Langevin steps."""
     with _stage(params_file) as params:
@@ -373,7 +403,7 @@ def compare(
         stage.run(
             params,
             dataset,
-            Hardware.choose(device, max_chains),
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
             images=images or paths.images,
             classifier=classifier or paths.model("classifier"),
             models={
@@ -386,21 +416,60 @@ def compare(
 
 
 @app.command()
+def inspect(
+    dataset: Dataset,
+    phase: Annotated[
+        str, typer.Argument(help="A phase of train-ebm, such as convergent.")
+    ] = "convergent",
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    energy: Annotated[
+        Path | None, typer.Option(help="Energy weights; default those of the phase.")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="State of its training, with the persistent chains; default beside it."),
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+    max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Follow long chains under an energy: is it convergent?"""
+    with _stage(params_file) as params:
+        params.dataset(dataset)
+        from stages import inspect as stage
+        from stages.hardware import Hardware
+
+        paths, name = Paths(params.run, dataset), f"ebm_{phase}"
+        weights = energy or paths.model(name)
+        stage.run(
+            params,
+            dataset,
+            phase,
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
+            images=images or paths.images,
+            energy=weights,
+            state=state or weights.with_suffix(".state.pt"),
+            out=out or paths.record(f"inspect_{phase}"),
+        )
+
+
+@app.command()
 def diagnose(
     dataset: Dataset,
     params_file: ParamsFile = DEFAULT_PARAMS,
     images: ImagesFile = None,
     classifier: ClassifierFile = None,
     energy: EnergyFile = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(help="Training state with the bank; default ebm_convergent.state.pt."),
-    ] = None,
     out: Out = None,
     device: Device = None,
     max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
-    """Record the spread of the defense's logits and samples of short and long chains."""
+    """Record the spread of the defense's logits over its replicas."""
     with _stage(params_file) as params:
         params.dataset(dataset)
         from stages import diagnose as stage
@@ -410,11 +479,10 @@ def diagnose(
         stage.run(
             params,
             dataset,
-            Hardware.choose(device, max_chains),
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
             images=images or paths.images,
             classifier=classifier or paths.model("classifier"),
             energy=energy or paths.model("ebm_convergent"),
-            state=state or paths.state("ebm_convergent"),
             out=out or paths.record("diagnose"),
         )
 
@@ -481,7 +549,49 @@ def report(
     with _stage(params_file) as params:
         from stages import report as stage
 
-        stage.run(params, out or reports(params.run))
+        out = out or reports(params.run)
+        stage.run(params, out)
+        say(f"report: {out}")
+
+
+@app.command()
+def publish(
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    out: Annotated[Path | None, typer.Option(help="Folder; default pretrained/RUN.")] = None,
+) -> None:
+    """Put the trained energies where git keeps them, with a card that says what they are."""
+    with _stage(params_file) as params:
+        from stages import publish as stage
+
+        stage.run(params, out or pretrained(params.run))
+
+
+@app.command("export")
+def export_results(
+    out: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="A new .zip file.")],
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    device: Device = None,
+) -> None:
+    """Pack records and energies of the run into one file, for `import` on another machine."""
+    with _stage(params_file) as params:
+        from stages import results
+        from stages.hardware import Hardware
+
+        results.pack(params, Hardware.choose(device), out)
+
+
+@app.command("import")
+def import_results(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `export` wrote.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Put the files over records of the run that are here.")
+    ] = False,
+) -> None:
+    """Check results that were made elsewhere, and write their report into reports/RUN."""
+    with _mendable():
+        from stages import results
+
+        results.unpack(file, force=force)
 
 
 @app.command()

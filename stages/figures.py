@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,9 +43,10 @@ CURVES = {
 TITLES = {"convergent": "convergent (Adam, then SGD)", "nonconvergent": "non-convergent (Adam)"}
 
 
-def save(figure: Figure, stem: Path) -> None:
+def save(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
     """``stem``.png and ``stem``.svg, the same bytes for the same numbers."""
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+    for kind in kinds:
+        metadata = {"Software" if kind == "png" else "Date": None}
         with Whole(stem.with_name(f"{stem.name}.{kind}")) as partial:
             figure.savefig(partial, format=kind, metadata=metadata)
 
@@ -201,17 +203,86 @@ def _show(ax: Axes, states: Tensor, title: str) -> None:
     ax.set_title(title, loc="left", fontsize=8)
 
 
-def sample_grid(diagnosed: dict[str, Tensor], chosen: int) -> Figure:
-    """Figure 2, last column: persistent (short-run) samples and chains of growing length."""
-    grid = diagnosed["grid"].tolist()
-    rows = [("persistent chains of training", diagnosed["bank"])]
-    for steps, states in zip(grid, diagnosed["states"], strict=True):
-        name = "test images" if steps == 0 else f"after {steps} steps"
-        rows.append((name + (" (the defense)" if steps == chosen else ""), states))
-    figure, axes = _figure(len(rows), 1, (6.5, 0.85 * len(rows)))
-    for ax, (title, states) in zip(axes, rows, strict=True):
+STARTS_SHOWN = {"test images": BLUE, "persistent chains": GREEN, "noise": ORANGE}
+
+
+def energy_page(
+    history: pd.DataFrame, inspected: dict[str, Tensor], defense: int, verdict: str
+) -> Figure:
+    """Is an energy convergent? Its training, the energies of long chains, and their states.
+
+    ``history``: batch, energy_gap, gradient_norm and phase. ``defense`` is the K of the defense.
+    """
+    grid = inspected["grid"].tolist()
+    strips = [
+        ("test images", inspected["test images/states"][0]),
+        ("persistent chains, as training left them", inspected["persistent chains/states"][0]),
+    ]
+    for i in (grid.index(defense), -1):
+        for start in ("test images", "noise"):
+            said = " (the defense)" if grid[i] == defense else ""
+            title = f"from {start}, after {grid[i]:,} steps{said}"
+            strips.append((title, inspected[f"{start}/states"][i]))
+    figure = Figure(figsize=(9.0, 7.2))
+    figure.text(0.01, 0.99, fill(verdict, 120), fontsize=9, weight="bold", va="top")
+    # Fixed places: a layout that is solved for differs in its last digits from run to run.
+    above = figure.add_gridspec(2, 2, left=0.07, right=0.99, top=0.89, bottom=0.40, hspace=0.5)
+    below = figure.add_gridspec(len(strips) // 2, 2, left=0.01, right=0.99, top=0.31, bottom=0)
+    gap, norm, along, levels = np.ravel(np.asarray(above.subplots()))
+    _training(gap, norm, history)
+    for start, colour in STARTS_SHOWN.items():
+        energies = inspected[f"{start}/energies"].numpy()
+        along.plot(grid, energies.mean(1), color=colour, marker="o", ms=3, label=f"from {start}")
+        low, high = np.quantile(energies, (0.1, 0.9), axis=1)
+        along.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
+    along.axvline(defense, color=GREY, ls=":", lw=1)
+    along.set_xscale("symlog", linthresh=grid[1])
+    along.set(xlabel="Langevin steps (dotted: the defense)", ylabel="U  [nats]", xlim=(0, None))
+    along.set_title("energy along chains: one level, from wherever they start")
+    along.legend()
+    kinds = {"training images": GREY, **STARTS_SHOWN}
+    values = {name: inspected[f"{name}/levels"].numpy() for name in kinds}
+    values[f"chains of {grid[-1]:,} steps"] = np.concatenate(
+        [inspected[f"{start}/energies"][-1].numpy() for start in STARTS_SHOWN]
+    )
+    colours = [*kinds.values(), "k"]
+    for (name, level), colour in zip(values.items(), colours, strict=True):
+        if name == "training images":
+            name = "training images, with their noise"
+        low, high = np.quantile(level, (0.01, 0.99))
+        bins = np.linspace(low, high, 25).tolist()
+        levels.hist(level, bins=bins, density=True, histtype="step", color=colour, label=name)
+    levels.set(xlabel="U  [nats]", yticks=[], title="energies")
+    levels.legend()
+    for ax, (title, states) in zip(np.ravel(np.asarray(below.subplots())), strips, strict=True):
         _show(ax, states, title)
     return figure
+
+
+def _training(gap: Axes, norm: Axes, history: pd.DataFrame) -> None:
+    """Energy gap and gradient norm over the batches of all phases, and their running medians."""
+    if history.empty:
+        gap.set_title("energy gap: no history of the training")
+        norm.set_title("gradient norm: no history of the training")
+        return
+    for ax, column, label in (
+        (gap, "energy_gap", "U(data) - U(chains)  [nats]"),
+        (norm, "gradient_norm", "|df/dx|"),
+    ):
+        values = history[column]
+        rows = max(1, len(values) // 15)
+        median = values.rolling(rows, center=True, min_periods=1).median()
+        ax.plot(history["batch"], values, color=BLUE, lw=0.5, alpha=0.3)
+        ax.plot(history["batch"], median, color=BLUE, lw=1.2)
+        for start in history.groupby("phase", sort=False)["batch"].min().iloc[1:]:
+            ax.axvline(start, color=GREY, ls=":", lw=1)
+        ax.set(xlabel="batches of training (dotted: next phase)", ylabel=label)
+        low, high = np.quantile(values, (0.02, 0.98))
+        room = 0.3 * max(high - low, 1e-6)
+        ax.set_ylim(low - room, high + room)
+    gap.axhline(0, color="k", lw=0.8)
+    gap.set_title("energy gap: hovers around 0 when learning is stable")
+    norm.set_title("gradient norm along the training chains: should level off")
 
 
 def two_models(compared: dict[str, Tensor]) -> Figure:

@@ -116,3 +116,27 @@ def verification(results: list[AttackResult]) -> str:
     if len(agrees):
         text += f"; all replicas say the same of {int(agrees.sum())} of {len(agrees)}"
     return text
+
+
+STARTS = ("test images", "persistent chains", "noise")
+"""Where the chains of an inspected energy begin."""
+
+FAR = 2.0  # standard deviations of the energies of persistent chains
+
+
+def convergence(inspected: dict[str, torch.Tensor]) -> str:
+    """Do long chains stay where the chains of training are? Hill et al. (2021), Section 2.2."""
+    usual = inspected["persistent chains/levels"]
+    steps = int(inspected["grid"][-1])
+    away = {
+        start: float((inspected[f"{start}/energies"][-1].mean() - usual.mean()) / usual.std())
+        for start in STARTS
+    }
+    text = (
+        f"after {steps:,} steps the mean energy lies "
+        + ", ".join(f"{value:+.1f} (from {start})" for start, value in away.items())
+        + " standard deviations from that of the persistent chains"
+    )
+    if max(map(abs, away.values())) > FAR:
+        return f"FLAG: not convergent: {text}"
+    return f"convergent: {text}"

@@ -16,6 +16,7 @@ MODELS = ("convergent", "nonconvergent")
 SMOOTH = "smooth_"  # phases that train the energy of energy.smooth_activation
 PHASES = ("adam", *MODELS, f"{SMOOTH}adam", f"{SMOOTH}convergent")
 EVALUATED = ("convergent", f"{SMOOTH}convergent")
+INSPECTED = ("convergent", "nonconvergent", f"{SMOOTH}convergent")
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, strict=True)]
@@ -23,7 +24,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "tf32", "bfloat16"]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+NAME = r"^[a-z0-9_]+$"
+Name = Annotated[str, Field(pattern=NAME)]
 Activation = Literal["leaky_relu", "smooth_leaky_relu", "silu", "softplus"]
 
 
@@ -227,13 +229,19 @@ class Compare(Section):
         return self
 
 
+class Inspect(Section):
+    """Long chains under an energy."""
+
+    chains: Count
+    long_steps: Count
+
+
 class Diagnose(Section):
-    """Logit histograms and sampled chains."""
+    """Logit histograms."""
 
     images: Count
     replicas: Count
     H: Annotated[tuple[Count, ...], Field(min_length=1)]
-    long_steps: Count
 
 
 class Params(Section):
@@ -251,6 +259,7 @@ class Params(Section):
     attack: Attack
     evaluate: Evaluate
     compare: Compare
+    inspect: Inspect
     diagnose: Diagnose
     _origin: Path = PrivateAttr(default=Path("params.yaml"))
 

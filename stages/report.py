@@ -1,86 +1,101 @@
-"""Stage 7: rows, Tables 1-3 and figures, all pure functions of the records."""
+"""Stage 8: rows, Tables 1-3, figures and provenance, all pure functions of the records."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from defense.pixels import from_bytes
 from defense.threat import ThreatModel
-from stages import StageError, figures, rows, tables
+from stages import StageError, figures, provenance, rows, tables
 from stages.artifacts import AttackResult, load_tensors
 from stages.console import say
 from stages.files import Paths, write_text
-from stages.findings import active_test, findings, verification
-from stages.params import EVALUATED, TABLE_ATTACKS, TRANSFER, Params
+from stages.findings import active_test, convergence, findings, verification
+from stages.params import EVALUATED, INSPECTED, TABLE_ATTACKS, TRANSFER, Params
 
 
-def run(params: Params, out: Path) -> None:
-    """Judge the records, write tables and figures, print the tables."""
-    results = [
-        judged(Paths(params.run, dataset).record(attack), params, attack)
+def run(params: Params, out: Path, root: Path = Path()) -> None:
+    """Judge the records under ``root``, write tables and figures, print the tables.
+
+    A record that is not there is a row, a cell or a figure "not run".
+    """
+    compared_paths = Paths(params.run, params.compare_dataset, root)
+    results = found(
+        judged(Paths(params.run, dataset, root).record(attack), params, attack)
         for dataset in params.datasets
         for attack in TABLE_ATTACKS
-    ]
-    evaluations = {energy: evaluation(params, energy) for energy in EVALUATED}
-    compared, _ = load_tensors(Paths(params.run, params.compare_dataset).record("compare"))
-    diagnosed = {
-        dataset: load_tensors(Paths(params.run, dataset).record("diagnose"))[0]
-        for dataset in params.datasets
+    )
+    evaluations = {
+        energy: evaluation(params, compared_paths.evaluation(energy)) for energy in EVALUATED
     }
-    every = results + [one for found in evaluations.values() for one in found]
-    measured = rows.rows(every, params.evaluate.draws)
-    curve = rows.accuracy_over_steps(compared, params)
-    for name, frame in (
-        ("rows", measured),
-        ("accuracy_over_steps", curve),
-        ("curves", rows.curves(curve)),
-    ):
-        write_text(out / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    metrics = rows.summarise(params, measured, curve)
+    evaluations = {energy: records for energy, records in evaluations.items() if records}
+    every = results + [one for records in evaluations.values() for one in records]
+    if not every:
+        raise StageError(f"{compared_paths.record('pgd').parent}: no records of attacks")
+    draws = params.evaluate.draws
+    measured = rows.rows(every, draws)
+    rows.write(measured, out / "rows.csv")
+    metrics = rows.summarise(params, measured)
+
+    compared = finite(compared_paths.record("compare"))
+    if compared is not None:
+        curve = rows.accuracy_over_steps(compared, params)
+        rows.write(curve, out / "accuracy_over_steps.csv")
+        rows.write(rows.curves(curve), out / "curves.csv")
+        metrics |= rows.lost_at_longest(curve)
+        figures.save(figures.over_steps(curve, params.langevin.K), out / "figures/figure4_accuracy")
+        figures.save(figures.two_models(compared), out / "figures/figure4_samples")
+        figures.save(figures.energy_over_steps(compared), out / "figures/figure4_energies")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    tables.write(params, rows.rows(results, params.evaluate.draws), out)
-    said = [
-        f"{energy}: {finding}"
-        for energy, found in evaluations.items()
-        for finding in findings(found)
-    ]
-    tables_of_defense = [result for result in results if "H_def" in result.about]
-    said.append(f"Tables 1-3: {verification(tables_of_defense)}")
-    tested, about = load_tensors(Paths(params.run, params.compare_dataset).record("active_test"))
-    said.append(f"convergent: {active_test(tested, about)}")
-    tables.write_attacks(every, params.evaluate.draws, said, out)
+    tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], out)
+
+    said = [f"{energy}: {line}" for energy, some in evaluations.items() for line in findings(some)]
+    defended = [result for result in results if "H_def" in result.about]
+    said += [f"Tables 1-3: {verification(defended)}"] if defended else []
+    planted = compared_paths.record("active_test")
+    if planted.exists():
+        said.append(f"convergent: {active_test(*load_tensors(planted))}")
+    if evaluations:
+        figures.save(figures.evaluation(evaluations, draws), out / "figures/evaluation")
+    for dataset in params.datasets:
+        said += pictures(params, Paths(params.run, dataset, root), out / "figures")
+    tables.write_attacks(every, draws, said, out)
     for finding in said:
         say(finding)
-    chart = figures.evaluation(evaluations, params.evaluate.draws)
-    figures.save(chart, out / "figures/evaluation")
-
-    for dataset, tensors in diagnosed.items():
-        histogram = figures.logit_histograms(tensors, params.diagnose.H)
-        figures.save(histogram, out / f"figures/figure3_logits_{dataset}")
-        grid = figures.sample_grid(tensors, params.langevin.K)
-        figures.save(grid, out / f"figures/figure2_samples_{dataset}")
-    figures.save(figures.over_steps(curve, params.langevin.K), out / "figures/figure4_accuracy")
-    figures.save(figures.two_models(compared), out / "figures/figure4_samples")
-    figures.save(figures.energy_over_steps(compared), out / "figures/figure4_energies")
+    provenance.write(params, root, out)
     write_text(out / "README.md", captions(out))
-    say(f"report: {out}")
 
 
-def evaluation(params: Params, energy: str) -> list[AttackResult]:
-    """The records of all attacks on the defense with one energy, in the order of params.yaml.
+def found(records: Iterable[AttackResult | None]) -> list[AttackResult]:
+    """Those that are there."""
+    return [record for record in records if record is not None]
 
-    `StageError` if one is not there, unless it is the smoothed gradient of a smooth energy.
-    """
-    folder = Paths(params.run, params.compare_dataset).evaluation(energy)
-    found = []
-    for attack in (TRANSFER, *params.evaluate.attacks):
-        path = folder / f"{attack}.safetensors"
-        named = params.evaluate.attacks.get(attack)
-        smoothed = named is not None and named.gradient == "smoothed"
-        if path.exists() or not smoothed:
-            found.append(judged(path, params, attack))
-    return found
+
+def pictures(params: Params, paths: Paths, out: Path) -> list[str]:
+    """The figures of one dataset; what its energies' long chains say."""
+    said = []
+    diagnosed = finite(paths.record("diagnose"))
+    if diagnosed is not None:
+        histogram = figures.logit_histograms(diagnosed, params.diagnose.H)
+        figures.save(histogram, out / f"figure3_logits_{paths.dataset}")
+    for phase in INSPECTED:
+        inspected = finite(paths.record(f"inspect_{phase}"))
+        if inspected is not None:
+            verdict = f"Energy of {paths.dataset}, {phase}: {convergence(inspected)}"
+            history = rows.training(paths, phase)
+            page = figures.energy_page(history, inspected, params.langevin.K, verdict)
+            figures.save(page, out / f"energy_{paths.dataset}_{phase}")
+            said.append(verdict)
+    return said
+
+
+def evaluation(params: Params, folder: Path) -> list[AttackResult]:
+    """The records of all attacks on the defense with one energy, in the order of params.yaml."""
+    names = (TRANSFER, *params.evaluate.attacks)
+    return found(judged(folder / f"{name}.safetensors", params, name) for name in names)
 
 
 CAPTIONS = {
@@ -88,8 +103,9 @@ CAPTIONS = {
     "Algorithm 1's accuracy with its 95 % interval, and what fresh noise makes of the saved "
     "images. What gradients through the chain take from the accuracy under BPDA (identity) is what "
     "BPDA did not see.",
-    "figure2_samples_*": "Chains from test images under the convergent energy, and the persistent "
-    "chains that training ended with. Long chains should look like short ones.",
+    "energy_*": "One energy: its training, the energies along long chains from three starts, the "
+    "energies of images and chains, samples. Convergent means that long chains come to one level, "
+    "that of the persistent chains and of the (noisy) training images, and still look like data.",
     "figure3_logits_*": "Mean logits over H replicas, drawn again and again, for an image that the "
     "defense gets right safely and one that it barely gets right. Where the two classes overlap, a "
     "verdict from so few replicas is partly chance.",
@@ -118,8 +134,24 @@ def captions(out: Path) -> str:
     return "\n".join(lines)
 
 
-def judged(path: Path, params: Params, attack: str) -> AttackResult:
-    """A record whose conditions, ball, box and finiteness were checked on the file itself."""
+def finite(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a record, if it is there; `StageError` if one is not finite."""
+    if not path.exists():
+        return None
+    tensors, _ = load_tensors(path)
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise StageError(f"{path}: {name}: values that are not finite")
+    return tensors
+
+
+def judged(path: Path, params: Params, attack: str) -> AttackResult | None:
+    """A record whose conditions, ball, box and finiteness were checked on the file itself.
+
+    None if it is not there.
+    """
+    if not path.exists():
+        return None
     result = AttackResult.load(path)
     for name, value in params.conditions(attack).items():
         if result.about.get(name) != value:
@@ -130,8 +162,10 @@ def judged(path: Path, params: Params, attack: str) -> AttackResult:
         raise StageError(f"{path}: expected the first {expected} test images, got {found}")
     x, x_adv = from_bytes(result.images.images), result.record.adversarial
     threat = ThreatModel(params.attack.norm, float(result.about["eps_255"]))
-    if not torch.isfinite(x_adv).all():
-        raise StageError(f"{path}: adversarial images that are not finite")
+    record = result.record
+    for name in ("adversarial", "clean_logits", "adversarial_logits"):
+        if not torch.isfinite(getattr(record, name)).all():
+            raise StageError(f"{path}: {name}: values that are not finite")
     if x_adv.min() < 0 or x_adv.max() > 1:
         raise StageError(f"{path}: adversarial pixels outside [0, 1]")
     farthest = float(threat.distance(x_adv, x).max())

@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
 
 from defense.verdict import METRICS, is_right, scores
 from stages.artifacts import AttackResult
-from stages.params import MODELS, TABLE_ATTACKS, Params
+from stages.files import Paths, write_text
+from stages.params import MODELS, SMOOTH, TABLE_ATTACKS, Params
 
 Z95 = 1.959963984540054
 
@@ -142,22 +144,50 @@ def curves(curve: pd.DataFrame) -> pd.DataFrame:
     return wide
 
 
-def summarise(params: Params, rows: pd.DataFrame, curve: pd.DataFrame) -> dict[str, object]:
+def summarise(params: Params, rows: pd.DataFrame) -> dict[str, object]:
     """The handful of numbers that `dvc metrics` and `dvc exp show` compare."""
     summary: dict[str, object] = {}
     for dataset in params.datasets:
         table = (rows.dataset == dataset) & rows.attack.isin(TABLE_ATTACKS)
-        own = rows[table].set_index(["attack", "metric"]).accuracy
-        summary[dataset] = {
-            "bare_natural": own["pgd", "natural"],
-            "bare_pgd": own["pgd", "adversarial"],
-            "defended_natural": own["transfer_K", "natural"],
-            "defended_transfer": own["transfer_K", "adversarial"],
-            "defended_bpda_eot": own["bpda_eot", "adversarial"],
-        }
+        own = rows[table].set_index(["attack", "metric"]).accuracy.to_dict()
+        summary[dataset] = {name: own[place] for name, place in SUMMARY.items() if place in own}
+    return summary
+
+
+SUMMARY = {
+    "bare_natural": ("pgd", "natural"),
+    "bare_pgd": ("pgd", "adversarial"),
+    "defended_natural": ("transfer_K", "natural"),
+    "defended_transfer": ("transfer_K", "adversarial"),
+    "defended_bpda_eot": ("bpda_eot", "adversarial"),
+}
+
+
+def lost_at_longest(curve: pd.DataFrame) -> dict[str, object]:
+    """How much natural accuracy the longest chains cost, with either kind of learning."""
     natural = curve[curve.images == "natural"]
-    summary["natural_lost_at_longest_K"] = {
+    lost = {
         str(model): round(float(group.accuracy.max() - group.accuracy.iloc[-1]), 4)
         for model, group in natural.groupby("model")
     }
-    return summary
+    return {"natural_lost_at_longest_K": lost}
+
+
+def training(paths: Paths, phase: str) -> pd.DataFrame:
+    """Energy gap and gradient norm over the batches of a phase and of the one before it."""
+    first = f"{SMOOTH}adam" if phase.startswith(SMOOTH) else "adam"
+    parts, batches = [], 0
+    for name in (first, phase):
+        path = paths.history(f"ebm_{name}")
+        if path.exists():
+            part = pd.read_csv(path).assign(phase=name)
+            part["batch"] += batches
+            batches = int(part["batch"].max())
+            parts.append(part)
+    columns = ["batch", "energy_gap", "gradient_norm", "phase"]
+    return pd.concat(parts) if parts else pd.DataFrame(columns=columns)
+
+
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """Rows as CSV."""
+    write_text(path, frame.to_csv(index=False, lineterminator="\n"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from defense.bank import ImageBank
+from defense.bank import CompactBank
 from defense.ebm_training import EBMTrainConfig, EBMTrainer
 from defense.langevin import LangevinConfig
 from defense.pixels import from_bytes, to_net
@@ -66,6 +66,7 @@ def run(
         with Track(what, total, unit="batches", done=trainer.batches_done) as track:
             while trainer.batches_done < total:
                 stats = trainer.update()
+                scratch.lap()
                 if trainer.batches_done % ROW_EVERY == 0:
                     gap, norm = float(stats.energy_gap), float(stats.gradient_norm)
                     if not math.isfinite(gap):
@@ -79,7 +80,8 @@ def run(
                     save_state(checkpoint, {**trainer.state_dict(), "rows": rows})
                     scratch.check()
         write_csv(history, ("batch", "energy_gap", "gradient_norm"), rows)
-        save_weights(out, trainer.energy)
+        tau = trainer.config.langevin.tau
+        save_weights(out, trainer.energy, dataset=dataset, phase=phase, tau=tau)
         save_state(state_out, trainer.state_dict())
         scratch.done()
     late = [gap for _, gap, _ in rows[-20:]]
@@ -101,7 +103,7 @@ def make_trainer(
     torch.manual_seed(params.seed)  # weight initialization takes no generator
     energy = new_energy(params, dataset, phase).to(device)
     generator = make_generator(params.seed, "ebm", dataset, phase, device=device)
-    bank = ImageBank.uniform(data.shape, generator=generator)
+    bank = CompactBank.uniform(data.shape, generator=generator)
     sgd = phase.removeprefix(SMOOTH) == "convergent"
     config = EBMTrainConfig(
         optimizer="sgd" if sgd else "adam",
@@ -136,6 +138,6 @@ def restore(trainer: EBMTrainer, state: dict[str, Any], path: Path) -> None:
     """Put a state into the trainer; `StageError` if it is of another network or dataset."""
     try:
         trainer.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StageError(f"{path}: does not fit the parameters: {reason}") from None

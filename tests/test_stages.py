@@ -38,8 +38,12 @@ STAGES = [
     "evaluate digits smooth_convergent",
     "active-test digits",
     "compare digits",
+    "inspect digits",
+    "inspect digits nonconvergent",
+    "inspect digits smooth_convergent",
     "diagnose digits",
     "report",
+    "publish",
 ]
 PATHS = Paths("tiny", "digits")
 
@@ -62,7 +66,7 @@ def test_the_whole_experiment_leaves_tables_and_figures(folder: Path) -> None:
     names = {path.name for path in (folder / "reports/tiny").iterdir()}
     assert {f"table{n}.{kind}" for n in (1, 2, 3) for kind in ("csv", "md", "tex")} <= names
     figures = {path.name for path in (folder / "reports/tiny/figures").iterdir()}
-    assert {"figure2_samples_digits.png", "figure3_logits_digits.png"} <= figures
+    assert {"energy_digits_convergent.png", "figure3_logits_digits.png"} <= figures
     assert {"figure4_accuracy.png", "figure4_accuracy.svg"} <= figures
     left = [path for path in folder.glob(".scratch/*") if path.is_dir()]
     assert not left, "finished stages leave no work in progress"

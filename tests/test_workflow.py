@@ -12,7 +12,7 @@ import yaml
 
 from stages import presets
 from stages.files import Paths
-from stages.params import EVALUATED, PHASES
+from stages.params import EVALUATED, INSPECTED, PHASES
 
 ROOT = Path(__file__).parent.parent
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -33,12 +33,13 @@ HOMES = {
     "pandas": {
         "stages/bench.py",
         "stages/bench_attack.py",
+        "stages/cost.py",
         "stages/figures.py",
         "stages/rows.py",
         "stages/tables.py",
     },
     "matplotlib": {"stages/figures.py"},
-    "safetensors": {"stages/artifacts.py"},
+    "safetensors": {"stages/artifacts.py", "defense/pretrained.py"},
     "torchvision": {"stages/prepare_data.py"},
     "sklearn": {"stages/prepare_data.py"},
     "PIL": {"stages/prepare_data.py"},
@@ -48,7 +49,7 @@ HOMES = {
 }
 LAYERS = [
     {"rng", "pixels", "precision", "threat", "bank", "inference", "classifier", "energy", "losses"},
-    {"langevin", "classifier_training", "written_gradient", "step_rules"},
+    {"langevin", "classifier_training", "written_gradient", "step_rules", "pretrained"},
     {"compiled", "ebm_training", "chain_gradient"},
     {"eot", "written_hessian"},
     {"verdict"},
@@ -120,11 +121,13 @@ def test_every_package_has_its_home(path: str) -> None:
 def test_the_library_knows_no_files_and_no_workflow() -> None:
     allowed = {"torch", "defense", "collections", "dataclasses", "typing", "math", "hashlib"}
     allowed |= {"scipy", "warnings"}
+    files = {"json", "pathlib", "safetensors"}
     allowed |= {"contextlib", "functools", "itertools", "concurrent", "threading", "copy", "os"}
     for path in sources():
         if path.startswith("defense/"):
             packages = {name.split(".")[0] for name in imported(path)}
-            assert packages <= allowed, f"{path}: {packages - allowed}"
+            here = allowed | files if path == "defense/pretrained.py" else allowed
+            assert packages <= here, f"{path}: {packages - here}"
 
 
 def test_imports_in_the_library_go_one_way() -> None:
@@ -140,6 +143,7 @@ def test_imports_in_the_library_go_one_way() -> None:
 def test_paths_in_the_graph_are_those_of_the_code() -> None:
     paths = Paths("RUN", "SET")
     known = {str(paths.images), str(paths.checked), "artifacts/RUN/records", "reports/RUN"}
+    known |= {"artifacts/RUN/models", "pretrained/RUN"}
     names = ("classifier", *(f"ebm_{phase}" for phase in PHASES))
     known |= {str(paths.model(name)) for name in names}
     known |= {str(paths.state(name)) for name in names[1:]}
@@ -152,6 +156,7 @@ def test_paths_in_the_graph_are_those_of_the_code() -> None:
         "compare",
         "diagnose",
         "active_test",
+        *(f"inspect_{energy}" for energy in INSPECTED),
     )
     known |= {str(paths.record(name)) for name in records}
     known |= {str(paths.evaluation(energy)) for energy in EVALUATED}
@@ -160,10 +165,13 @@ def test_paths_in_the_graph_are_those_of_the_code() -> None:
         for entry in [*stage["deps"], *stage["outs"]]:
             path = next(iter(entry)) if isinstance(entry, dict) else entry
             filled = path.replace("${run}", "RUN").replace("${item.dataset}", "SET")
-            for chain, energy in itertools.product(("K", "K_short"), EVALUATED):
-                filled_in = filled.replace("${item.chain}", chain)
+            axes = (("K", "K_short"), EVALUATED, INSPECTED)
+            for chain, energy, phase in itertools.product(*axes):
+                filled_in = filled.replace("${item.chain}", chain).replace("${item.phase}", phase)
                 stated.add(filled_in.replace("${item.energy}", energy))
     assert GRAPH["evaluate"]["matrix"]["energy"] == list(EVALUATED)
+    inspected = (GRAPH[name]["matrix"]["phase"] for name in ("inspect", "inspect_others"))
+    assert sorted(itertools.chain(*inspected)) == sorted(INSPECTED)
     assert {path for path in stated if "RUN" in path} == known
 
 

@@ -58,7 +58,8 @@ TINY: dict[str, Any] = {
         "replicas": 2,
         "bpda_eot": {"images": 4, "steps": 1, "H_adv": 2, "H_def": 3},
     },
-    "diagnose": {"images": 12, "replicas": 20, "H": [1, 5], "long_steps": 8},
+    "inspect": {"chains": 6, "long_steps": 40},
+    "diagnose": {"images": 12, "replicas": 20, "H": [1, 5]},
 }
 
 

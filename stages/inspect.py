@@ -1,0 +1,128 @@
+"""Stage 6: is an energy convergent? Where its chains go, and at what energies."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from defense.bank import CompactBank
+from defense.diagnostics import energies, states_at
+from defense.energy import ConvEnergy
+from defense.pixels import from_bytes, to_net
+from defense.rng import make_generator
+from stages import StageError
+from stages.artifacts import load_images, load_state, save_tensors
+from stages.console import Track, say
+from stages.energies import load_energy
+from stages.engine import choose_chain
+from stages.findings import STARTS, convergence
+from stages.hardware import Hardware
+from stages.params import Params
+from stages.resume import Scratch
+
+SAMPLES = 12  # chains in the picture
+LEVELS = 500  # images, states and noise in the histogram of energies
+
+
+def run(
+    params: Params,
+    dataset: str,
+    phase: str,
+    hardware: Hardware,
+    *,
+    images: Path,
+    energy: Path,
+    state: Path,
+    out: Path,
+) -> None:
+    """Follow chains from test images, persistent states and noise for ``inspect.long_steps``."""
+    section, count = params.dataset(dataset), params.inspect.chains
+    network = load_energy(params, dataset, hardware, energy)
+    made_by = f"`stochsec train-ebm {dataset} {phase}`"
+    bank = persistent(state, made_by, hardware, network.shape)
+    train, test = (
+        to_net(from_bytes(load_images(images, split, section).images[: max(LEVELS, count)]))
+        for split in ("train", "test")
+    )
+    generator = make_generator(params.seed, dataset, "inspect", device=hardware.device)
+    noise = 2 * torch.rand(test.shape, generator=generator, device=hardware.device) - 1
+    seen = train.to(hardware.device)  # as training sees it
+    seen += section.data_noise * torch.randn(
+        seen.shape, generator=generator, device=hardware.device
+    )
+    starts = dict(zip(STARTS, (test, bank, noise), strict=True))
+    levels = {
+        name: energies(network, x[:LEVELS].to(hardware.device), tau=section.tau, batch=LEVELS)
+        for name, x in {"training images": seen, **starts}.items()
+    }
+
+    def key(p: Params) -> object:
+        return p.seed, dataset, phase, p.data[dataset], p.ebm.steps, p.langevin, p.inspect
+
+    tensors: dict[str, Tensor] = {f"{name}/levels": value for name, value in levels.items()}
+    with (
+        Scratch(
+            f"inspect-{dataset}-{phase}", params, key, [images, energy, state], hardware
+        ) as scratch,
+        Track(f"inspect {dataset} {phase}", len(starts), unit="starts") as track,
+    ):
+        for name, x in starts.items():
+            work = partial(follow, params, dataset, hardware, network, name, x[:count])
+            tensors |= scratch.piece(name.replace(" ", "-"), work)
+            track.advance(watch=name)
+        tensors["grid"] = torch.tensor(grid(params))
+        about = {"run": params.run, "dataset": dataset, "phase": phase, "K": params.langevin.K}
+        save_tensors(out, tensors, {**about, **hardware.conditions()})
+        scratch.done()
+    say(f"inspect {dataset} {phase}: {convergence(tensors)}")
+
+
+def persistent(state: Path, made_by: str, hardware: Hardware, shape: tuple[int, ...]) -> Tensor:
+    """The states of the persistent chains at the end of training, (M,C,S,S) in net range."""
+    saved = load_state(state, made_by, hardware.device)
+    try:
+        bank = CompactBank.from_state_dict(saved["bank"])
+        states = bank.read(torch.arange(min(LEVELS, len(bank)), device=hardware.device))
+    except (KeyError, TypeError) as error:
+        raise StageError(f"{state}: holds no bank of chains ({error})") from None
+    if tuple(states.shape[1:]) != shape:
+        raise StageError(
+            f"{state}: expected chains of images {shape}, got {tuple(states.shape[1:])}"
+        )
+    return states
+
+
+def grid(params: Params) -> list[int]:
+    """Steps at which chains are looked at: those of training and defense, and ever doubled."""
+    long = params.inspect.long_steps
+    halves = [long >> i for i in range(long.bit_length())]
+    named = {params.ebm.steps, params.langevin.K, long}
+    return sorted({0, *(steps for steps in (*named, *halves) if 0 < steps <= long)})
+
+
+def follow(
+    params: Params,
+    dataset: str,
+    hardware: Hardware,
+    network: ConvEnergy,
+    start: str,
+    x: Tensor,
+) -> dict[str, Tensor]:
+    """Energies (G,n) of chains at the steps of `grid`, some states, the share out of range (G,)."""
+    tau, steps = params.dataset(dataset).tau, grid(params)
+    states = states_at(
+        network,
+        x.to(hardware.device),
+        steps,
+        tau=tau,
+        chain=choose_chain(network, max(steps), params.langevin.precision, hardware),
+        generator=make_generator(params.seed, dataset, "inspect", start, device=hardware.device),
+        max_chains=hardware.max_chains,
+    )
+    levels = [energies(network, state, tau=tau, batch=hardware.max_chains) for state in states]
+    return {
+        f"{start}/energies": torch.stack(levels),
+        f"{start}/states": states[:, :SAMPLES],
+        f"{start}/outside": (states.abs() > 1).float().flatten(1).mean(1),
+    }

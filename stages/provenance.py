@@ -1,0 +1,80 @@
+"""Where results come from: parameters, code, machine, and the hashes of what they were made of."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import yaml
+
+from stages.artifacts import load_tensors
+from stages.files import fingerprint, source_files, write_text
+from stages.params import Params
+
+IMPORTED = "imported.json"  # among the records of a run: where they came from, if not from here
+MACHINE = ("device", "torch", "engine", "classifier", "max_chains", "threads")
+
+
+def write(params: Params, root: Path, out: Path) -> None:
+    """The parameters, and of every record its hash, its machine and the files it was made of."""
+    values = as_yaml(params)
+    write_text(out / "params.yaml", values)
+    records = root / f"artifacts/{params.run}/records"
+    about = {}
+    for path in sorted(records.rglob("*.safetensors")):
+        said = load_tensors(path)[1]
+        about[str(path.relative_to(records))] = {
+            "sha256": fingerprint(path),
+            **{name: said[name] for name in MACHINE if name in said},
+            "made of": said.get("files", {}),
+        }
+    provenance: dict[str, object] = {
+        "hashes": "the first 32 hexadecimal digits of sha256",
+        "params.yaml": hashlib.sha256(values.encode()).hexdigest()[:32],
+        "records": about,
+    }
+    if (imported := records / IMPORTED).exists():
+        provenance["imported"] = json.loads(imported.read_text())
+    write_text(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+
+
+def as_yaml(params: Params) -> str:
+    """The parameters as a file that `--params` reads."""
+    return yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False)
+
+
+def here(device: torch.device) -> dict[str, object]:
+    """This code and this machine, as far as they can be told."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "commit": commit(),
+        "source": source(),
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def source() -> str:
+    """One hash of all modules of both packages."""
+    digest = hashlib.sha256()
+    for path in source_files():
+        digest.update(f"{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def commit() -> str | None:
+    """The commit of the source, "-dirty" if it was changed since; None if git cannot say."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).parent.parent
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "defense", "stages")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
