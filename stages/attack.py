@@ -117,7 +117,6 @@ def run_shards(
     finished = len(list(scratch.folder.glob("shard-*.safetensors")))
     with Track(name, plan.steps * len(parts), unit="steps", done=plan.steps * finished) as track:
         for done, (number, part) in enumerate(parts.items(), start=1):
-            scratch.check()
             path = scratch.folder / f"shard-{number:04d}.safetensors"
 
             def on_step(robust: int, shown: str = f"of {len(part.labels)} in this shard") -> None:
@@ -125,6 +124,7 @@ def run_shards(
                 track.advance(watch=f"{robust} robust {shown}")
 
             if not path.exists():
+                scratch.check()
                 pixels = from_bytes(part.images).to(hardware.device)
                 labels = part.labels.to(hardware.device)
                 record = plan.evaluate(number, part, pixels, labels, on_step)

@@ -541,6 +541,21 @@ def bench_attack(
 
 
 @app.command()
+def cost(
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    bench: Annotated[
+        Path | None,
+        typer.Option(help="Numbers of `stochsec bench` on the machine in question, for hours."),
+    ] = None,
+) -> None:
+    """Count what the experiment costs, stage by stage, before anybody runs it."""
+    with _stage(params_file) as params:
+        from stages import cost as stage
+
+        stage.run(params, bench)
+
+
+@app.command()
 def report(
     params_file: ParamsFile = DEFAULT_PARAMS,
     out: Annotated[Path | None, typer.Option(help="Folder; default reports/RUN.")] = None,

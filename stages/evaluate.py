@@ -42,9 +42,9 @@ def run(
     results: dict[str, AttackResult] = {}
     with Scratch(title, params, key, inputs, hardware, afresh=afresh) as scratch:
         for name in names:
-            scratch.check()
             path = scratch.folder / f"{name}.safetensors"
             if not path.exists():
+                scratch.check()
                 attack.run(params, dataset, name, hardware, files, path, within=scratch)
             results[name] = AttackResult.load(path)
         for path in out.glob("*.safetensors"):

@@ -1,4 +1,7 @@
-"""Presets: `digits` is complete and commented, the others say only what differs from it."""
+"""Presets: `digits` is complete and commented, the others say only what differs from their base.
+
+That is digits, or the preset that their line ``base`` names.
+"""
 
 import io
 from pathlib import Path
@@ -19,32 +22,43 @@ def names() -> list[str]:
 
 def text(name: str) -> str:
     """A whole params.yaml for a preset, validated, with its comments."""
-    if name not in names():
-        raise StageError(f"preset: expected one of {names()}, got {name!r}")
     yaml = YAML()
     yaml.width = 4096
     yaml.representer.add_representer(
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
-    values: CommentedMap = yaml.load((PRESETS / f"{BASE}.yaml").read_text())
-    if name != BASE:
-        differences: CommentedMap = yaml.load((PRESETS / f"{name}.yaml").read_text())
-        _merge(values, differences, name)
+    values = _whole(yaml, name)
     out = io.StringIO()
     yaml.dump(values, out)
     validate_params(YAML(typ="safe", pure=True).load(out.getvalue()), PRESETS / f"{name}.yaml")
     return out.getvalue()
 
 
+def _whole(yaml: YAML, name: str) -> CommentedMap:
+    """A preset's own values over those of its base."""
+    if name not in names():
+        raise StageError(f"preset: expected one of {names()}, got {name!r}")
+    values: CommentedMap = yaml.load((PRESETS / f"{name}.yaml").read_text())
+    if name == BASE:
+        return values
+    base = _whole(yaml, values.pop("base", BASE))
+    _merge(base, values, name)
+    return base
+
+
 def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str = "") -> None:
-    """Put the differences into the base; only `data` may bring keys that the base has not."""
+    """Put the differences into the base; its datasets are those that both name, or the preset's."""
     for key, value in differences.items():
-        if key not in base:
-            raise StageError(f"presets/{name}.yaml: {where}{key}: no such parameter")
-        if key == "data" or not isinstance(value, CommentedMap):
+        if where == "data." and key not in base:
             base[key] = value
-        else:
+        elif key not in base:
+            raise StageError(f"presets/{name}.yaml: {where}{key}: no such parameter")
+        elif isinstance(value, CommentedMap):
+            for dataset in [d for d in base[key] if key == "data" and d not in value]:
+                del base[key][dataset]
             _merge(base[key], value, name, f"{where}{key}.")
+        else:
+            base[key] = value
     base.ca.items.update(differences.ca.items)  # a number's comment comes with it
 
 

@@ -115,16 +115,15 @@ class Scratch:
 
     def check_clock(self) -> None:
         """Leave in the middle of a piece if the time is up: the piece is lost, not the window."""
-        if self.hardware.seconds_left() > 0:
-            return
-        if not self.root.laps:
+        if self.hardware.seconds_left() <= 0:
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self.asked_to_stop and not self.root.laps:
             raise StageError(
                 f"time limit: {self.hardware.time_limit:g} minutes are too few for one piece of "
                 "this work; give more, or lower attack.shard"
             )
-        self._leave()
-
-    def _leave(self) -> None:
         self.root._pack()
         kept = self.hardware.checkpoint or self.root.folder
         why = "stopped" if self.asked_to_stop else "the time is up"
@@ -174,9 +173,9 @@ class Scratch:
 
     def piece(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Named tensors, computed and saved unless an earlier run of the stage has done so."""
-        self.check()
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
+            self.check()
             save_tensors(path, compute(), {})
             self.lap()
         return load_tensors(path)[0]

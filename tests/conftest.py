@@ -10,8 +10,9 @@ from defense.classifier import WideResNet
 from defense.energy import ConvEnergy
 from defense.inference import freeze
 from tests.digits_model import digits_model, smooth_digits_model
+from tests.tiny import experiment
 
-__all__ = ["digits_model", "smooth_digits_model"]
+__all__ = ["digits_model", "experiment", "smooth_digits_model"]
 
 
 class QuadraticEnergy(nn.Module):

@@ -2,9 +2,10 @@
 
 import math
 
+import pytest
 import torch
 
-from defense.bank import ImageBank
+from defense.bank import CompactBank, ImageBank
 
 
 def test_only_drawn_slots_change_and_each_chain_returns_to_its_own(seeded) -> None:
@@ -52,3 +53,71 @@ def test_the_generator_alone_decides(seeded) -> None:
     assert not torch.equal(banks[0].states, banks[2].states)
     assert slots[0] == slots[1]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def compact(count: int, seeded) -> tuple[torch.Tensor, CompactBank]:
+    states = torch.randn(count, 3, 8, 8, generator=seeded(1)) * torch.linspace(0.1, 3, count).view(
+        -1, 1, 1, 1
+    )
+    return states, CompactBank(states.clone())
+
+
+def test_a_compact_bank_is_within_half_a_level_of_what_was_written(seeded) -> None:
+    states, bank = compact(50, seeded)
+    kept = bank.read(torch.arange(50))
+    low, high = (end.view(-1, 1, 1, 1) for end in states.flatten(1).aminmax(dim=1))
+    assert ((kept - states).abs() <= 0.501 * (high - low) / 255).all()
+    assert kept.flatten(1).amin(1).equal(low.flatten())
+    error = kept - states
+    assert abs(error.mean()) < 5 * error.std() / error.numel() ** 0.5, "rounding has no bias"
+
+
+def test_writing_to_a_compact_bank_changes_nothing_else(seeded) -> None:
+    states, bank = compact(20, seeded)
+    before = bank.read(torch.arange(20))
+    slots, drawn = bank.draw(6, generator=seeded())
+    bank.write(slots, drawn + 1)
+    others = [slot for slot in range(20) if slot not in slots.tolist()]
+    assert bank.read(torch.tensor(others)).equal(before[others])
+    torch.testing.assert_close(bank.read(slots), before[slots] + 1, atol=1e-5, rtol=0)
+
+
+def test_a_compact_bank_takes_a_quarter(seeded) -> None:
+    def size(bank: ImageBank) -> int:
+        return sum(value.nbytes for value in bank.state_dict().values())
+
+    states, bank = compact(50, seeded)
+    assert 0.25 < size(bank) / size(ImageBank(states)) < 0.27
+
+
+def test_a_state_without_contrast_is_kept(seeded) -> None:
+    states = torch.tensor([0.3, -2.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4).contiguous()
+    assert CompactBank(states).read(torch.arange(2)).equal(states)
+
+
+def test_a_compact_bank_goes_on_from_a_file(seeded) -> None:
+    _, bank = compact(10, seeded)
+    other = CompactBank(torch.zeros(10, 3, 8, 8))
+    other.load_state_dict(bank.state_dict())
+    again = CompactBank.from_state_dict(bank.state_dict())
+    for copy in (other, again):
+        assert copy.read(torch.arange(10)).equal(bank.read(torch.arange(10)))
+    with pytest.raises(ValueError, match=r"bank: expected \(9, 3, 8, 8\)"):
+        CompactBank(torch.zeros(9, 3, 8, 8)).load_state_dict(bank.state_dict())
+
+
+def test_chains_from_a_compact_bank_settle_where_others_do(seeded) -> None:
+    """The known variance of a quadratic well, after as many writes as a training makes."""
+    tau, curvature = 0.1, 0.02  # x' = (1 - c) x + tau z has variance tau^2 / (1 - (1 - c)^2)
+    expected = tau**2 / (1 - (1 - curvature) ** 2)
+    generator = seeded(3)
+    bank = CompactBank(torch.randn(200, 1, 8, 8, generator=generator) * expected**0.5)
+    for _ in range(2000):
+        slots, x = bank.draw(50, generator=generator)
+        for _ in range(4):
+            x = x - curvature * x + tau * torch.randn(x.shape, generator=generator)
+        bank.write(slots, x)
+    x = bank.read(torch.arange(200)).double()
+    error = expected * (2 / x.numel()) ** 0.5
+    assert abs(x.square().mean() - expected) < 5 * error
+    assert abs(x.mean()) < 5 * (expected / x.numel()) ** 0.5

@@ -34,6 +34,59 @@ def test_the_paper_preset_has_the_numbers_of_algorithms_1_and_2() -> None:
     assert (params.classifier.depth, params.classifier.width) == (28, 10)
 
 
+def test_the_h100_preset_is_the_papers_but_for_what_it_says_is_reduced() -> None:
+    paper, fitted = (yaml.safe_load(presets.text(name)) for name in ("paper", "h100"))
+
+    def differing(a: Any, b: Any, where: str = "") -> set[str]:
+        if not isinstance(a, dict):
+            return set() if a == b else {where}
+        assert a.keys() == b.keys(), where
+        return set().union(*(differing(a[key], b[key], f"{where}.{key}") for key in a))
+
+    reduced = {
+        ".".join(part for part in name.split(".")[1:] if part not in paper["datasets"])
+        for name in differing(paper, fitted)
+        if not name.startswith(".evaluate.attacks.")
+    }
+    training = {f"data.classifier.{n}" for n in ("epochs", "schedule", "warm_up", "weight_decay")}
+    assert reduced == {
+        "run",
+        *training,
+        "data.classifier.precision",
+        "ebm.adam_batches",
+        "ebm.sgd_batches",
+        "attack.shard",
+        "attack.pgd.images",
+        "attack.transfer.images",
+        "attack.bpda_eot.images",
+        "attack.bpda_eot.restarts",
+        "evaluate.images",
+        "evaluate.active_test.images",
+        "compare.K",
+        "compare.images",
+        "compare.replicas",
+        "compare.bpda_eot.images",
+        "compare.bpda_eot.H_def",
+        "inspect.chains",
+    }
+
+
+def test_a_preset_with_an_unknown_base_or_key_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "PRESETS", tmp_path)
+    (tmp_path / "digits.yaml").write_text(DIGITS)
+    (tmp_path / "mine.yaml").write_text("base: theirs\nrun: mine\n")
+    with pytest.raises(StageError, match=r"preset: expected one of .*'mine'.*, got 'theirs'"):
+        presets.text("mine")
+    (tmp_path / "mine.yaml").write_text("run: mine\nlangevin: {steps: 3}\n")
+    with pytest.raises(StageError, match=r"mine.yaml: langevin.steps: no such parameter"):
+        presets.text("mine")
+
+
+DIGITS = presets.text("digits")
+
+
 def test_comments_survive_a_change_of_preset() -> None:
     for name in presets.names():
         lines = presets.text(name).splitlines()

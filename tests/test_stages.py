@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -21,45 +20,14 @@ from stages.hardware import Hardware
 from stages.params import load_params
 from tests.tiny import command, tiny_params
 
-STAGES = [
-    "check-params",
-    "prepare-data digits",
-    "train-classifier digits",
-    "train-ebm digits adam",
-    "train-ebm digits convergent",
-    "train-ebm digits nonconvergent",
-    "train-ebm digits smooth_adam",
-    "train-ebm digits smooth_convergent",
-    "attack digits pgd",
-    "attack digits transfer_K_short",
-    "attack digits transfer_K",
-    "attack digits bpda_eot",
-    "evaluate digits",
-    "evaluate digits smooth_convergent",
-    "active-test digits",
-    "compare digits",
-    "inspect digits",
-    "inspect digits nonconvergent",
-    "inspect digits smooth_convergent",
-    "diagnose digits",
-    "report",
-    "publish",
-]
 PATHS = Paths("tiny", "digits")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which the whole tiny experiment has been run."""
-    folder = tmp_path_factory.mktemp("experiment")
-    before = Path.cwd()
-    os.chdir(folder)
-    Path("params.yaml").write_text(yaml.safe_dump(tiny_params()))
-    for words in STAGES:
-        result = command(words)
-        assert result.exit_code == 0, f"{words}: {result.output}"
-    yield folder
-    os.chdir(before)
+@pytest.fixture(autouse=True)
+def folder(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which the whole tiny experiment has been run, to work in."""
+    monkeypatch.chdir(experiment)
+    return experiment
 
 
 def test_the_whole_experiment_leaves_tables_and_figures(folder: Path) -> None:

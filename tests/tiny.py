@@ -1,8 +1,11 @@
 """The smallest experiment that goes through every stage."""
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -72,3 +75,43 @@ def tiny_params() -> dict[str, Any]:
 
 def command(words: str) -> Result:
     return CliRunner().invoke(app, words.split(), catch_exceptions=False)
+
+
+STAGES = [
+    "check-params",
+    "prepare-data digits",
+    "train-classifier digits",
+    "train-ebm digits adam",
+    "train-ebm digits convergent",
+    "train-ebm digits nonconvergent",
+    "train-ebm digits smooth_adam",
+    "train-ebm digits smooth_convergent",
+    "attack digits pgd",
+    "attack digits transfer_K_short",
+    "attack digits transfer_K",
+    "attack digits bpda_eot",
+    "evaluate digits",
+    "evaluate digits smooth_convergent",
+    "active-test digits",
+    "compare digits",
+    "inspect digits",
+    "inspect digits nonconvergent",
+    "inspect digits smooth_convergent",
+    "diagnose digits",
+    "report",
+    "publish",
+]
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the whole tiny experiment has been run; leave it as it is."""
+    folder = tmp_path_factory.mktemp("experiment")
+    before = Path.cwd()
+    os.chdir(folder)
+    Path("params.yaml").write_text(yaml.safe_dump(tiny_params()))
+    for words in STAGES:
+        result = command(words)
+        assert result.exit_code == 0, f"{words}: {result.output}"
+    os.chdir(before)
+    return folder

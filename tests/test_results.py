@@ -1,0 +1,290 @@
+"""Results that travel: packed, checked as a whole, reported; nothing is written if one is wrong."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from defense import load_energy
+from defense.bank import CompactBank
+from stages.artifacts import AttackResult, load_state, load_tensors, save_tensors
+from stages.files import Paths, fingerprint
+from stages.provenance import source
+from tests.tiny import command
+
+PATHS = Paths("tiny", "digits")
+
+
+@pytest.fixture(scope="module")
+def packed(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny experiment in one file."""
+    out = tmp_path_factory.mktemp("packed") / "results.zip"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(experiment)
+        result = command(f"export {out}")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another machine: an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def changed(packed: Path, change: Callable[[dict[str, bytes]], None], *, rehash: bool) -> Path:
+    """A copy of the file with other contents; ``rehash`` brings the manifest into line."""
+    import hashlib
+
+    with zipfile.ZipFile(packed) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    change(contents)
+    if rehash:
+        manifest = json.loads(contents["manifest.json"])
+        manifest["files"] = {
+            name: hashlib.sha256(data).hexdigest()
+            for name, data in contents.items()
+            if name != "manifest.json"
+        }
+        contents["manifest.json"] = json.dumps(manifest).encode()
+    out = Path("changed.zip")
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return out
+
+
+def edited(data: bytes, edit: Callable[[AttackResult], None]) -> bytes:
+    path = Path("edited.safetensors")
+    path.write_bytes(data)
+    result = AttackResult.load(path)
+    edit(result)
+    result.save(path)
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+def test_an_import_gives_the_report_of_the_machine_that_made_it(
+    experiment: Path, packed: Path
+) -> None:
+    result = command(f"import {packed}")
+    assert result.exit_code == 0, result.output
+    theirs, ours = experiment / "reports/tiny", Path("reports/tiny")
+    names = {path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()}
+    for name in names - {Path("provenance.json")}:
+        assert (theirs / name).read_bytes() == (ours / name).read_bytes(), name
+    assert "which images were attacked is not checked" in result.output
+
+
+def test_the_report_says_where_results_come_from(packed: Path) -> None:
+    assert command(f"import {packed}").exit_code == 0
+    provenance = json.loads(Path("reports/tiny/provenance.json").read_text())
+    assert provenance["imported"]["source"] == source()
+    assert provenance["imported"].keys() >= {"commit", "device", "torch", "files"}
+    record = provenance["records"]["digits/bpda_eot.safetensors"]
+    assert record["sha256"] == fingerprint(PATHS.record("bpda_eot"))
+    assert record["made of"]["energy"] == fingerprint(PATHS.model("ebm_convergent"))
+    assert record["device"] == "cpu"
+
+
+def test_a_report_can_be_made_again_from_what_was_imported(packed: Path) -> None:
+    assert command(f"import {packed}").exit_code == 0
+    assert command("report --params reports/tiny/params.yaml --out again").exit_code == 0
+    for path in Path("again").rglob("*.*"):
+        twin = Path("reports/tiny") / path.relative_to("again")
+        assert path.read_bytes() == twin.read_bytes(), path
+
+
+BPDA = "records/digits/bpda_eot.safetensors"
+
+
+def outside_the_ball(contents: dict[str, bytes]) -> None:
+    def edit(result: AttackResult) -> None:
+        result.record.adversarial[0] = 1 - result.record.adversarial[0].round()
+
+    contents[BPDA] = edited(contents[BPDA], edit)
+
+
+def outside_the_box(contents: dict[str, bytes]) -> None:
+    def edit(result: AttackResult) -> None:
+        result.record.adversarial[0, 0, 0, 0] = -0.01
+
+    contents[BPDA] = edited(contents[BPDA], edit)
+
+
+def not_finite(contents: dict[str, bytes]) -> None:
+    def edit(result: AttackResult) -> None:
+        result.record.clean_logits[0, 0] = torch.nan
+
+    contents[BPDA] = edited(contents[BPDA], edit)
+
+
+def other_conditions(contents: dict[str, bytes]) -> None:
+    contents["params.yaml"] = contents["params.yaml"].replace(b"H_def: 5\n", b"H_def: 6\n")
+
+
+def nan_in_the_comparison(contents: dict[str, bytes]) -> None:
+    path = Path("compare.safetensors")
+    path.write_bytes(contents["records/digits/compare.safetensors"])
+    tensors, about = load_tensors(path)
+    tensors["convergent/natural/logits"][0, 0, 0] = torch.inf
+    save_tensors(path, tensors, about)
+    contents["records/digits/compare.safetensors"] = path.read_bytes()
+    path.unlink()
+
+
+def one_bit(contents: dict[str, bytes]) -> None:
+    data = bytearray(contents[BPDA])
+    data[-1] ^= 1
+    contents[BPDA] = bytes(data)
+
+
+def one_more(contents: dict[str, bytes]) -> None:
+    contents["records/digits/more.csv"] = b"a\n"
+
+
+def a_way_out(contents: dict[str, bytes]) -> None:
+    contents["../../out.csv"] = b"a\n"
+
+
+def another_run(contents: dict[str, bytes]) -> None:
+    manifest = json.loads(contents["manifest.json"])
+    contents["manifest.json"] = json.dumps({**manifest, "run": "../up"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "rehash", "message"),
+    [
+        (outside_the_ball, True, "expected distance <= 0.188"),
+        (outside_the_box, True, "adversarial pixels outside [0, 1]"),
+        (not_finite, True, "clean_logits: values that are not finite"),
+        (nan_in_the_comparison, True, "natural/logits: values that are not finite"),
+        (other_conditions, True, "expected H_def = 6 as in params.yaml, got 5"),
+        (one_bit, False, f"{BPDA}: its sha256 is not that of the manifest"),
+        (one_more, False, "more.csv: in the archive or in its manifest, not in both"),
+        (a_way_out, True, "../../out.csv: not a path inside a run"),
+        (another_run, False, "'../up' is no name of a run"),
+    ],
+)
+def test_nothing_is_imported_if_anything_is_wrong(
+    packed: Path, change: Callable[[dict[str, bytes]], None], rehash: bool, message: str
+) -> None:
+    path = changed(packed, change, rehash=rehash)
+    result = command(f"import {path}")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert [entry.name for entry in Path().iterdir()] == ["changed.zip"]
+
+
+def test_a_file_that_is_no_export_is_one_line() -> None:
+    Path("any.zip").write_bytes(b"no zip")
+    for name, message in (("any.zip", "not a file of `stochsec export`"), ("no.zip", "no such")):
+        result = command(f"import {name}")
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+
+
+def test_records_that_are_here_are_not_overwritten_unasked(packed: Path) -> None:
+    assert command(f"import {packed}").exit_code == 0
+    result = command(f"import {packed}")
+    assert result.exit_code == 2
+    assert "--force" in result.output
+    assert command(f"import {packed} --force").exit_code == 0
+
+
+def test_attacked_images_are_compared_with_those_that_are_here(
+    experiment: Path, packed: Path
+) -> None:
+    images = Path("artifacts/tiny/data/digits.npz")
+    images.parent.mkdir(parents=True)
+    shutil.copy(experiment / images, images)
+
+    def edit(result: AttackResult) -> None:
+        result.images.images[0, 0, 0, 0] += 1
+
+    def other_images(contents: dict[str, bytes]) -> None:
+        contents[BPDA] = edited(contents[BPDA], edit)
+
+    result = command(f"import {changed(packed, other_images, rehash=True)}")
+    assert result.exit_code == 2
+    assert "bpda_eot.safetensors: its images are not those of" in " ".join(result.output.split())
+    assert command(f"import {packed}").exit_code == 0
+
+
+def test_what_was_not_run_says_so(packed: Path) -> None:
+    """Half an experiment: no comparison, no evaluation, no BPDA+EOT."""
+    gone = ("compare", "evaluate", "bpda_eot", "diagnose", "inspect", "active_test")
+
+    def half(contents: dict[str, bytes]) -> None:
+        for name in [name for name in contents if any(word in name for word in gone)]:
+            del contents[name]
+
+    result = command(f"import {changed(packed, half, rehash=True)}")
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv("reports/tiny/table2.csv")
+    ours = table[table.Defense == "Ours"].set_index("Dataset").loc["digits"]
+    assert (ours["Source"], ours["Adv."]) == ("not run", "not run")
+    first = pd.read_csv("reports/tiny/table1.csv").set_index(["Defense", "Dataset"])
+    assert first.loc[("Ours", "digits"), "long K nat."].endswith("n=10")
+    assert not list(Path("reports/tiny/figures").glob("figure4*"))
+
+
+def test_published_energies_load_in_one_line(experiment: Path) -> None:
+    folder = experiment / "pretrained/tiny"
+    names = {path.name for path in folder.iterdir()}
+    assert {f"digits_{phase}.safetensors" for phase in ("convergent", "smooth_convergent")} < names
+    assert {"README.md", "digits_convergent.png", "digits_smooth_convergent.png"} < names
+    energy, tau = load_energy(folder / "digits_convergent.safetensors")
+    assert tau == 0.08
+    trained, _ = load_tensors(experiment / PATHS.model("ebm_convergent"))
+    assert all(trained[name].equal(value) for name, value in energy.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in energy.parameters())
+
+
+def test_the_card_says_what_was_measured(experiment: Path) -> None:
+    card = (experiment / "pretrained/tiny/README.md").read_text()
+    record = AttackResult.load(experiment / PATHS.record("bpda_eot"))
+    robust = record.record.robust(record.images.labels).float().mean()
+    assert f"defended, bpda_eot: {robust:.4f} [" in card
+    assert "after 40 steps the mean energy lies" in card
+    assert "20 with Adam at 0.002, then 20 with SGD at 0.002" in card
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00garbage" * 20])
+def test_what_is_no_energy_is_said(content: bytes) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_energy("none.safetensors")
+    Path("bad.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="not an energy of `stochsec train-ebm`"):
+        load_energy("bad.safetensors")
+
+
+def test_weights_of_a_classifier_are_no_energy(experiment: Path) -> None:
+    with pytest.raises(ValueError, match="not an energy"):
+        load_energy(experiment / PATHS.model("classifier"))
+
+
+def test_an_inspection_follows_chains_from_three_starts(experiment: Path) -> None:
+    tensors, _ = load_tensors(experiment / PATHS.record("inspect_convergent"))
+    grid = tensors["grid"].tolist()
+    assert grid[0] == 0
+    assert grid[-1] == 40
+    assert {3, 4} < set(grid), "the steps of training and of the defense"
+    state = load_state(experiment / PATHS.state("ebm_convergent"), "", torch.device("cpu"))
+    bank = CompactBank.from_state_dict(state["bank"])
+    first = tensors["persistent chains/states"][0]
+    assert first.equal(bank.read(torch.arange(len(first))))
+    for start in ("test images", "persistent chains", "noise"):
+        assert tensors[f"{start}/energies"].shape == (len(grid), 6)
+        assert tensors[f"{start}/levels"].shape == (500,)
+        torch.testing.assert_close(
+            tensors[f"{start}/energies"][0], tensors[f"{start}/levels"][:6], rtol=1e-4, atol=1e-2
+        )
