@@ -541,6 +541,24 @@ def bench_attack(
 
 
 @app.command()
+def run_all(
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    device: Device = None,
+    time_limit: TimeLimit = None,
+) -> None:
+    """Run every stage of dvc.yaml whose outs are missing or older than what it reads, without DVC.
+
+    It does not see that parameters or code have changed; `dvc repro` does.
+    """
+    with _stage(params_file) as params:
+        from stages import run_all as stage
+
+        status = stage.run(params, params_file, time_limit, device)
+        if status:
+            raise typer.Exit(status)
+
+
+@app.command()
 def cost(
     params_file: ParamsFile = DEFAULT_PARAMS,
     bench: Annotated[
@@ -618,6 +636,10 @@ def preset(
         ),
     ] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value, as in langevin.K=2000."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Overwrite a params.yaml that you have changed.")
     ] = False,
@@ -627,7 +649,7 @@ def preset(
         if name is None:
             say("presets: " + ", ".join(presets.names()))
         else:
-            text = presets.text(name)
+            text = presets.text(name, values or ())
             if not force and params_file.exists():
                 presets.refuse_to_lose(params_file)
             write_text(params_file, text)

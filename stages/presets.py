@@ -4,6 +4,7 @@ That is digits, or the preset that their line ``base`` names.
 """
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -20,14 +21,19 @@ def names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def text(name: str) -> str:
-    """A whole params.yaml for a preset, validated, with its comments."""
+def text(name: str, changes: Iterable[str] = ()) -> str:
+    """A whole params.yaml for a preset, validated, with its comments.
+
+    ``changes``: values of one's own, each as "langevin.K=2000" with YAML after the first "=".
+    """
     yaml = YAML()
     yaml.width = 4096
     yaml.representer.add_representer(
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     values = _whole(yaml, name)
+    for change in changes:
+        _set(values, change)
     out = io.StringIO()
     yaml.dump(values, out)
     validate_params(YAML(typ="safe", pure=True).load(out.getvalue()), PRESETS / f"{name}.yaml")
@@ -44,6 +50,18 @@ def _whole(yaml: YAML, name: str) -> CommentedMap:
     base = _whole(yaml, values.pop("base", BASE))
     _merge(base, values, name)
     return base
+
+
+def _set(values: CommentedMap, change: str) -> None:
+    """Replace one value; `StageError` if there is none of that name."""
+    key, equals, value = change.partition("=")
+    *sections, last = key.split(".")
+    section = values
+    for part in sections:
+        section = section.get(part) if isinstance(section, CommentedMap) else None
+    if not equals or not isinstance(section, CommentedMap) or last not in section:
+        raise StageError(f"set: expected KEY=VALUE with a key of params.yaml, got {change!r}")
+    section[last] = YAML().load(value)
 
 
 def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str = "") -> None:

@@ -73,7 +73,7 @@ def test_a_compact_bank_is_within_half_a_level_of_what_was_written(seeded) -> No
 
 
 def test_writing_to_a_compact_bank_changes_nothing_else(seeded) -> None:
-    states, bank = compact(20, seeded)
+    _, bank = compact(20, seeded)
     before = bank.read(torch.arange(20))
     slots, drawn = bank.draw(6, generator=seeded())
     bank.write(slots, drawn + 1)

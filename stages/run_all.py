@@ -1,0 +1,101 @@
+"""The workflow without DVC: for machines that have only Python, and go away again."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages import StageError
+from stages.console import say
+from stages.params import Params
+
+GRAPH = Path(__file__).parent.parent / "dvc.yaml"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of dvc.yaml with its matrix filled in."""
+
+    words: list[str]  # of its command, after `stochsec`
+    reads: list[Path]  # what other stages made
+    writes: list[Path]
+
+    def is_done(self) -> bool:
+        """Whether its outs are there, and no older than what it reads."""
+        if not all(path.exists() for path in self.writes):
+            return False
+        made = min(map(newest, self.writes))
+        return all(newest(path) <= made for path in self.reads if path.exists())
+
+
+def run(params: Params, params_file: Path, time_limit: float | None, device: str | None) -> int:
+    """Run, in the order of dvc.yaml, every step that is not done; the exit status.
+
+    Like make, it looks at files and their times alone: it does not see that parameters or code have
+    changed. All steps together have ``time_limit`` minutes; a step that it stops goes on next time.
+    """
+    began, limit = time.monotonic(), 60 * time_limit if time_limit else None
+    environment = dict(os.environ) | ({"STOCHSEC_DEVICE": device} if device else {})
+    for step in steps(params):
+        if step.is_done():
+            continue
+        if limit is not None:
+            left = (began + limit - time.monotonic()) / 60
+            environment["STOCHSEC_TIME_LIMIT"] = str(max(left, 0.001))
+        say(f"run-all: stochsec {' '.join(step.words)}")
+        command = [sys.executable, "-m", "stages", *step.words, "--params", str(params_file)]
+        status = subprocess.run(command, env=environment).returncode
+        if status:
+            return status
+    say("run-all: everything is done")
+    return 0
+
+
+def steps(params: Params) -> Iterator[Step]:
+    """Every stage of dvc.yaml for every entry of its matrix."""
+    if not GRAPH.exists():
+        raise StageError(f"{GRAPH}: no such file; run-all needs a checkout of the repository")
+    values = {
+        "run": params.run,
+        "datasets": list(params.datasets),
+        "compare_dataset": params.compare_dataset,
+    }
+    for stage in yaml.safe_load(GRAPH.read_text())["stages"].values():
+        axes = {name: entries(axis, values) for name, axis in stage["matrix"].items()}
+        for chosen in itertools.product(*axes.values()):
+            item = {f"item.{name}": value for name, value in zip(axes, chosen, strict=True)}
+            known = {**values, **item}
+            paths = [filled(path, known) for path in stage["deps"]]
+            reads = [Path(path) for path in paths if path.startswith("artifacts/")]
+            outs = [next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"]]
+            yield Step(
+                words=filled(stage["cmd"], known).removeprefix("python -m stages ").split(),
+                reads=[path for path in reads if path.name != "params.checked"],
+                writes=[Path(filled(out, known)) for out in outs],
+            )
+
+
+def entries(axis: Any, values: dict[str, Any]) -> list[str]:
+    """An axis of a matrix: a list, or the name of one."""
+    if isinstance(axis, str):
+        return list(values[axis.removeprefix("${").removesuffix("}")])
+    return [filled(entry, values) for entry in axis]
+
+
+def filled(template: str, values: dict[str, Any]) -> str:
+    """A text of dvc.yaml with every ${name} replaced."""
+    return re.sub(r"\$\{([a-z_.]+)\}", lambda match: str(values[match.group(1)]), template)
+
+
+def newest(path: Path) -> float:
+    """When a file, or the newest in a folder, was written."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
+    return max(file.stat().st_mtime for file in files or [path])
