@@ -1,5 +1,8 @@
 """The workflow around `defense`: files, parameters, options, progress. One module per stage."""
 
+FAILED = 2  # exit status: something that the user can mend
+TIME_IS_UP = 75  # exit status: the time limit ended it; the same command goes on
+
 
 class StageError(Exception):
     """Something the user can mend; the command line prints it as one line and exits with 2."""

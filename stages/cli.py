@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stages import StageError, Stopped, console, presets
+from stages import FAILED, TIME_IS_UP, StageError, Stopped, console, presets
 from stages.console import say
 from stages.files import Paths, pretrained, reports, write_text
 from stages.params import EVALUATED, TABLE_ATTACKS, Params, load_params
@@ -98,7 +98,6 @@ Out = Annotated[
 ]
 
 DEFAULT_PARAMS = Path("params.yaml")
-TIME_IS_UP = 75  # exit status of a stage that its time limit stopped: try again
 
 
 @contextmanager
@@ -115,7 +114,7 @@ def _mendable() -> Iterator[None]:
         yield
     except StageError as error:
         say(f"error: {error}")
-        raise typer.Exit(2) from None
+        raise typer.Exit(FAILED) from None
     except Stopped as stop:
         say(str(stop))
         raise typer.Exit(TIME_IS_UP if stop.time_is_up else 130) from None
@@ -656,4 +655,4 @@ def preset(
             say(f"{params_file} is now preset {name}; `dvc repro` runs it")
     except StageError as error:
         say(f"error: {error}")
-        raise typer.Exit(2) from None
+        raise typer.Exit(FAILED) from None

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from defense.energy import ConvEnergy
-from stages import figures, rows
+from stages import figures, presets, rows
 from stages.artifacts import AttackResult, load_tensors
 from stages.console import say
 from stages.files import Paths, fingerprint, readable, write_text
@@ -50,8 +50,10 @@ def run(params: Params, out: Path) -> None:
 def made_by(params: Params) -> str:
     """The commands and the commit."""
     imported = Path(f"artifacts/{params.run}/records/{IMPORTED}")
-    recipe = f"Made by `stochsec preset {params.run}` and `dvc repro`; all numbers of it are in "
-    recipe += f"reports/{params.run}/params.yaml. "
+    preset = f"of `stochsec preset {params.run}` " if params.run in presets.names() else ""
+    recipe = (
+        f"Recipe: the workflow with the parameters {preset}in reports/{params.run}/params.yaml. "
+    )
     if imported.exists():
         about = json.loads(imported.read_text())
         return f"{recipe}Commit {about['commit']}, on {about['device']}, torch {about['torch']}."
@@ -99,7 +101,8 @@ def defended(params: Params, paths: Paths, phase: str) -> dict[str, str]:
     """The accuracies that were measured with an energy."""
     if phase.startswith(SMOOTH):
         folder = paths.evaluation(phase)
-        places = {name: folder / f"{name}.safetensors" for name in params.evaluate.attacks}
+        usual = [name for name, named in params.evaluate.attacks.items() if named.scale == 1]
+        places = {name: folder / f"{name}.safetensors" for name in usual}
     else:
         places = {name: paths.record(name) for name in ("transfer_K", "bpda_eot")}
     results = found(judged(path, params, name) for name, path in places.items())

@@ -1,6 +1,7 @@
 """The workflow without DVC: for machines that have only Python, and go away again."""
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -13,11 +14,12 @@ from typing import Any
 
 import yaml
 
-from stages import StageError
+from stages import FAILED, TIME_IS_UP, StageError
 from stages.console import say
 from stages.params import Params
 
 GRAPH = Path(__file__).parent.parent / "dvc.yaml"
+TOO_SHORT = 0.05  # of a window: no step is begun in what is left of it
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,21 @@ def run(params: Params, params_file: Path, time_limit: float | None, device: str
     Like make, it looks at files and their times alone: it does not see that parameters or code have
     changed. All steps together have ``time_limit`` minutes; a step that it stops goes on next time.
     """
-    began, limit = time.monotonic(), 60 * time_limit if time_limit else None
+    began, limit = time.monotonic(), 60 * (time_limit or math.inf)
     environment = dict(os.environ) | ({"STOCHSEC_DEVICE": device} if device else {})
-    for step in steps(params):
-        if step.is_done():
-            continue
-        if limit is not None:
-            left = (began + limit - time.monotonic()) / 60
-            environment["STOCHSEC_TIME_LIMIT"] = str(max(left, 0.001))
+    todo = [step for step in steps(params) if not step.is_done()]
+    for number, step in enumerate(todo):
+        left = began + limit - time.monotonic()
+        if left < TOO_SHORT * limit:
+            say(f"run-all: the time is up, {len(todo) - number} of {len(todo)} steps are left")
+            return TIME_IS_UP
+        if time_limit:
+            environment["STOCHSEC_TIME_LIMIT"] = str(left / 60)
         say(f"run-all: stochsec {' '.join(step.words)}")
         command = [sys.executable, "-m", "stages", *step.words, "--params", str(params_file)]
         status = subprocess.run(command, env=environment).returncode
+        if status == FAILED and number > 0 and time.monotonic() > began + limit:
+            return TIME_IS_UP  # what was left of the window was too short for a piece of it
         if status:
             return status
     say("run-all: everything is done")

@@ -1,0 +1,108 @@
+"""The workflow without DVC: which steps there are, which are done, and windows over all of them."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages import run_all
+from stages.params import load_params
+from tests.tiny import STAGES, command
+
+
+@pytest.fixture
+def folder(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny experiment, to be spoilt."""
+    copy = tmp_path / "copy"
+    shutil.copytree(experiment, copy)
+    for path in copy.rglob("*"):
+        os.utime(path, (1e9, 1e9))  # all is as new as all else: done
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    return copy
+
+
+def steps() -> dict[str, run_all.Step]:
+    found = list(run_all.steps(load_params(Path("params.yaml"))))
+    return {" ".join(step.words): step for step in found}
+
+
+def test_the_steps_are_the_stages_of_the_graph_in_an_order_that_works(folder: Path) -> None:
+    words = [word.removesuffix(" convergent") for word in steps()]
+    expected = [word.removesuffix(" convergent") for word in STAGES]
+    assert sorted(words) == sorted(expected)
+    made: set[Path] = set()
+    for step in steps().values():
+        for path in step.reads:
+            inside = [one for one in made if one.is_relative_to(path) or path.is_relative_to(one)]
+            assert inside, f"{step.words} reads {path} before it is made"
+        made |= set(step.writes)
+
+
+def test_what_is_done_is_not_done_again(folder: Path) -> None:
+    result = command("run-all")
+    assert result.exit_code == 0
+    assert result.output.strip() == "run-all: everything is done"
+
+
+def test_what_is_missing_or_older_than_what_it_reads_is_done(folder: Path) -> None:
+    shutil.rmtree("artifacts/tiny/records/digits/evaluate_convergent")
+    weights = Path("artifacts/tiny/models/digits/ebm_nonconvergent.safetensors")
+    os.utime(weights, (2e9, 2e9))
+    undone = {words for words, step in steps().items() if not step.is_done()}
+    ended = {"report", "publish"}  # they read the folder of all records, or of all models
+    assert undone - ended == {
+        "evaluate digits convergent",
+        "compare digits",
+        "inspect digits nonconvergent",
+    }
+
+
+def test_all_steps_share_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ran = [0.0], []
+
+    def step_of_ten_seconds(command: list[str], env: dict[str, str]) -> object:
+        ran.append((" ".join(command[3:-2]), float(env["STOCHSEC_TIME_LIMIT"])))
+        clock[0] += 10
+        return type("Completed", (), {"returncode": statuses.pop(0)})
+
+    monkeypatch.setattr(run_all.subprocess, "run", step_of_ten_seconds)
+    monkeypatch.setattr(run_all.time, "monotonic", lambda: clock[0])
+    shutil.rmtree("artifacts")
+    params = load_params(Path("params.yaml"))
+    statuses = [0] * 10
+    assert run_all.run(params, Path("params.yaml"), 0.5, None) == 75
+    assert [words for words, _ in ran] == list(steps())[:3]
+    assert [round(60 * minutes) for _, minutes in ran] == [30, 20, 10]
+    statuses = [0, 75]
+    assert run_all.run(params, Path("params.yaml"), 5, None) == 75, "as the step says"
+    statuses = [0, 0, 2]
+    assert run_all.run(params, Path("params.yaml"), 0.49, None) == 75, "too little was left for it"
+    statuses = [2]
+    assert run_all.run(params, Path("params.yaml"), 0.1, None) == 2, "a whole window is too little"
+
+
+def test_a_step_that_fails_ends_it(folder: Path) -> None:
+    Path("artifacts/tiny/records/digits/inspect_convergent.safetensors").unlink()
+    Path("artifacts/tiny/models/digits/ebm_convergent.safetensors").write_bytes(b"none")
+    assert command("run-all").exit_code == 2
+
+
+def test_a_preset_takes_values_of_your_own(folder: Path) -> None:
+    words = "preset h100 --force --set datasets=[cifar10] --set langevin.K=7"
+    assert command(words).exit_code == 0
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    assert (values["datasets"], values["langevin"]["K"]) == (["cifar10"], 7)
+    for change, message in (
+        ("langevin.Q=7", "expected KEY=VALUE with a key of params.yaml, got 'langevin.Q=7'"),
+        ("langevin=7", "langevin = 7: expected a valid dictionary"),
+        ("seed", "expected KEY=VALUE"),
+        ("langevin.K=-7", "langevin.K = -7: expected greater than or equal to 1"),
+    ):
+        before = Path("params.yaml").read_text()
+        result = command(f"preset h100 --force --set {change}")
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
+        assert Path("params.yaml").read_text() == before
