@@ -541,18 +541,22 @@ def bench_attack(
 
 @app.command()
 def run_all(
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(help="Stages of dvc.yaml, in this order, such as ebm_adam; default all."),
+    ] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
     device: Device = None,
     time_limit: TimeLimit = None,
 ) -> None:
-    """Run every stage of dvc.yaml whose outs are missing or older than what it reads, without DVC.
+    """Run stages of dvc.yaml whose outs are missing or older than what they read, without DVC.
 
     It does not see that parameters or code have changed; `dvc repro` does.
     """
     with _stage(params_file) as params:
         from stages import run_all as stage
 
-        status = stage.run(params, params_file, time_limit, device)
+        status = stage.run(params, params_file, stages or (), time_limit, device)
         if status:
             raise typer.Exit(status)
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ TOO_SHORT = 0.05  # of a window: no step is begun in what is left of it
 class Step:
     """One stage of dvc.yaml with its matrix filled in."""
 
+    stage: str
     words: list[str]  # of its command, after `stochsec`
     reads: list[Path]  # what other stages made
     writes: list[Path]
@@ -38,15 +39,28 @@ class Step:
         return all(newest(path) <= made for path in self.reads if path.exists())
 
 
-def run(params: Params, params_file: Path, time_limit: float | None, device: str | None) -> int:
-    """Run, in the order of dvc.yaml, every step that is not done; the exit status.
+def run(
+    params: Params,
+    params_file: Path,
+    stages: Sequence[str],
+    time_limit: float | None,
+    device: str | None,
+) -> int:
+    """Run every step of ``stages`` (none named: all) that is not done; the exit status.
 
-    Like make, it looks at files and their times alone: it does not see that parameters or code have
-    changed. All steps together have ``time_limit`` minutes; a step that it stops goes on next time.
+    The steps come in the order of dvc.yaml, or of the names. Like make, it looks at files and their
+    times alone: it does not see that parameters or code have changed. All steps together have
+    ``time_limit`` minutes; a step that it stops goes on next time.
     """
     began, limit = time.monotonic(), 60 * (time_limit or math.inf)
     environment = dict(os.environ) | ({"STOCHSEC_DEVICE": device} if device else {})
-    todo = [step for step in steps(params) if not step.is_done()]
+    chosen = steps(params)
+    names = list(dict.fromkeys(step.stage for step in chosen))
+    for name in stages:
+        if name not in names:
+            raise StageError(f"stages: expected names among {names}, got {name!r}")
+    chosen = [step for name in stages or names for step in chosen if step.stage == name]
+    todo = [step for step in chosen if not step.is_done()]
     for number, step in enumerate(todo):
         left = began + limit - time.monotonic()
         if left < TOO_SHORT * limit:
@@ -65,7 +79,7 @@ def run(params: Params, params_file: Path, time_limit: float | None, device: str
     return 0
 
 
-def steps(params: Params) -> Iterator[Step]:
+def steps(params: Params) -> list[Step]:
     """Every stage of dvc.yaml for every entry of its matrix."""
     if not GRAPH.exists():
         raise StageError(f"{GRAPH}: no such file; run-all needs a checkout of the repository")
@@ -74,19 +88,23 @@ def steps(params: Params) -> Iterator[Step]:
         "datasets": list(params.datasets),
         "compare_dataset": params.compare_dataset,
     }
-    for stage in yaml.safe_load(GRAPH.read_text())["stages"].values():
-        axes = {name: entries(axis, values) for name, axis in stage["matrix"].items()}
+    found = []
+    for name, stage in yaml.safe_load(GRAPH.read_text())["stages"].items():
+        axes = {key: entries(axis, values) for key, axis in stage["matrix"].items()}
         for chosen in itertools.product(*axes.values()):
-            item = {f"item.{name}": value for name, value in zip(axes, chosen, strict=True)}
+            item = {f"item.{key}": value for key, value in zip(axes, chosen, strict=True)}
             known = {**values, **item}
             paths = [filled(path, known) for path in stage["deps"]]
             reads = [Path(path) for path in paths if path.startswith("artifacts/")]
             outs = [next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"]]
-            yield Step(
+            step = Step(
+                stage=name,
                 words=filled(stage["cmd"], known).removeprefix("python -m stages ").split(),
                 reads=[path for path in reads if path.name != "params.checked"],
                 writes=[Path(filled(out, known)) for out in outs],
             )
+            found.append(step)
+    return found
 
 
 def entries(axis: Any, values: dict[str, Any]) -> list[str]:

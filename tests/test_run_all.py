@@ -25,7 +25,7 @@ def folder(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def steps() -> dict[str, run_all.Step]:
-    found = list(run_all.steps(load_params(Path("params.yaml"))))
+    found = run_all.steps(load_params(Path("params.yaml")))
     return {" ".join(step.words): step for step in found}
 
 
@@ -71,17 +71,41 @@ def test_all_steps_share_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(run_all.subprocess, "run", step_of_ten_seconds)
     monkeypatch.setattr(run_all.time, "monotonic", lambda: clock[0])
     shutil.rmtree("artifacts")
-    params = load_params(Path("params.yaml"))
+    file = Path("params.yaml")
+    params = load_params(file)
     statuses = [0] * 10
-    assert run_all.run(params, Path("params.yaml"), 0.5, None) == 75
+    assert run_all.run(params, file, (), 0.5, None) == 75
     assert [words for words, _ in ran] == list(steps())[:3]
     assert [round(60 * minutes) for _, minutes in ran] == [30, 20, 10]
     statuses = [0, 75]
-    assert run_all.run(params, Path("params.yaml"), 5, None) == 75, "as the step says"
+    assert run_all.run(params, file, (), 5, None) == 75, "as the step says"
     statuses = [0, 0, 2]
-    assert run_all.run(params, Path("params.yaml"), 0.49, None) == 75, "too little was left for it"
+    assert run_all.run(params, file, (), 0.49, None) == 75, "too little was left for it"
     statuses = [2]
-    assert run_all.run(params, Path("params.yaml"), 0.1, None) == 2, "a whole window is too little"
+    assert run_all.run(params, file, (), 0.1, None) == 2, "a whole window is too little"
+
+
+def test_stages_are_run_in_the_order_of_their_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def remember(command: list[str], env: dict[str, str]) -> object:
+        ran.append(" ".join(command[3:-2]))
+        return type("Completed", (), {"returncode": 0})
+
+    monkeypatch.setattr(run_all.subprocess, "run", remember)
+    shutil.rmtree("artifacts")
+    assert command("run-all attack_transfer inspect prepare_data").exit_code == 0
+    assert ran == [
+        "attack digits transfer_K",
+        "attack digits transfer_K_short",
+        "inspect digits convergent",
+        "prepare-data digits",
+    ]
+    result = command("run-all nonsense")
+    assert result.exit_code == 2
+    assert "stages: expected names among ['check_params', 'prepare_data'" in result.output
 
 
 def test_a_step_that_fails_ends_it(folder: Path) -> None:
