@@ -1,5 +1,6 @@
 """Natural training of the classifier: SGD on crops and mirror images. No adversary."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,7 +86,9 @@ class ClassifierTrainer:
         self.labels = labels
         self.config = config
         self.generator = generator
-        self.epochs_done = 0
+        self.epochs_done, self.batches_done = 0, 0  # the latter in this epoch
+        self.order = torch.arange(len(images), device=generator.device)
+        self.total = torch.zeros((), device=images.device)  # of the losses in this epoch
         classifier.to(memory_format=torch.channels_last)
         self.forward = torch.compile(classifier) if compiled else classifier
         self.optimizer = torch.optim.SGD(
@@ -95,19 +98,30 @@ class ClassifierTrainer:
             weight_decay=config.weight_decay,
         )
 
-    def epoch(self) -> float:
-        """One pass over the images in random order; returns the mean training loss."""
+    @property
+    def batches(self) -> int:
+        """Updates in an epoch."""
+        return -(-len(self.images) // self.config.batch)
+
+    def epoch(self, on_batch: Callable[[], None] = lambda: None) -> float:
+        """One pass over the images in random order; returns the mean training loss.
+
+        ``on_batch`` is called after every update. If it raises, the next call goes on from there,
+        in this trainer or in one that has its state.
+        """
         self.classifier.train()
-        order = torch.randperm(
-            len(self.images), generator=self.generator, device=self.generator.device
-        )
-        total = torch.zeros((), device=self.images.device)
-        batches = order.split(self.config.batch)
-        for number, slots in enumerate(batches):
-            self.set_rate(self.epochs_done + number / len(batches))
-            total += self.step(slots) * len(slots)
-        self.epochs_done += 1
-        return float(total / len(self.images))
+        if self.batches_done == 0:
+            self.order = torch.randperm(
+                len(self.images), generator=self.generator, device=self.generator.device
+            )
+            self.total = torch.zeros((), device=self.images.device)
+        for slots in self.order.split(self.config.batch)[self.batches_done :]:
+            self.set_rate(self.epochs_done + self.batches_done / self.batches)
+            self.total += self.step(slots) * len(slots)
+            self.batches_done += 1
+            on_batch()
+        self.epochs_done, self.batches_done = self.epochs_done + 1, 0
+        return float(self.total / len(self.images))
 
     def set_rate(self, epoch: float) -> None:
         """The learning rate of the next update."""
@@ -132,6 +146,9 @@ class ClassifierTrainer:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "epochs_done": self.epochs_done,
+            "batches_done": self.batches_done,
+            "order": self.order,
+            "total": self.total,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,4 +156,5 @@ class ClassifierTrainer:
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-        self.epochs_done = state["epochs_done"]
+        self.epochs_done, self.batches_done = state["epochs_done"], state["batches_done"]
+        self.order, self.total = state["order"].clone(), state["total"].clone()

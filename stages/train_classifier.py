@@ -55,16 +55,23 @@ def run(
             state = load_state(checkpoint, "", device)
             rows = state.pop("rows")
             trainer.load_state_dict(state)
-        saved = Stopwatch()
-        with Track(f"classifier {dataset}", epochs, unit="epochs", done=len(rows)) as track:
-            while trainer.epochs_done < epochs:
-                loss = trainer.epoch()
+        saved, watch = Stopwatch(), ""
+        done = trainer.epochs_done * trainer.batches + trainer.batches_done
+        with Track(
+            f"classifier {dataset}", epochs * trainer.batches, unit="batches", done=done
+        ) as track:
+
+            def on_batch() -> None:
+                track.advance(watch=watch)
                 scratch.lap()
-                rows.append((trainer.epochs_done, loss, accuracy()))
-                track.advance(watch=f"loss {loss:.3f}  test accuracy {rows[-1][2]:.4f}")
                 if saved.due() or scratch.stopping:
                     save_state(checkpoint, {**trainer.state_dict(), "rows": rows})
                     scratch.check()
+
+            while trainer.epochs_done < epochs:
+                loss = trainer.epoch(on_batch)
+                rows.append((trainer.epochs_done, loss, accuracy()))
+                watch = f"loss {loss:.3f}  test accuracy {rows[-1][2]:.4f}"
         write_csv(history, ("epoch", "loss", "test_accuracy"), rows)
         save_weights(out, freeze(classifier))
         scratch.done()

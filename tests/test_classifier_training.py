@@ -177,6 +177,30 @@ def test_resuming_equals_never_stopping(make_trainer, stop_after: int) -> None:
     assert resumed.epochs_done == 4
 
 
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_an_epoch_that_was_stopped_goes_on_at_its_next_batch(make_trainer, stop_at: int) -> None:
+    config = make_config(crop=1, flip=True)
+    whole, stopped, resumed = (make_trainer(config, seed=s) for s in (0, 0, 99))
+    losses = [whole.epoch() for _ in range(3)]
+    stopped.epoch()
+
+    def stop() -> None:
+        if stopped.batches_done == stop_at:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        stopped.epoch(stop)
+    resumed.epoch()
+    file = io.BytesIO()
+    torch.save(stopped.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert [resumed.epoch() for _ in range(2)] == losses[1:]
+    expected = whole.classifier.state_dict()
+    for name, value in resumed.classifier.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_it_learns_what_can_be_told_apart(make_trainer, seeded) -> None:
     trainer = make_trainer(make_config())
     losses = [trainer.epoch() for _ in range(4)]

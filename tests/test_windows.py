@@ -24,6 +24,7 @@ PATHS = Paths("tiny", "digits")
 MORE_BATCHES = 600
 ATTACK = "attack digits no_attack --params long.yaml"  # breaks nothing: all steps are taken
 TRAIN = "train-ebm digits adam --params long.yaml"
+CLASSIFY = "train-classifier digits --params long.yaml"
 EVALUATE = "evaluate digits --params long.yaml"
 
 
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     values["evaluate"]["images"] = 12
     values["evaluate"]["attacks"]["no_attack"]["steps"] = 30
     Path("long.yaml").write_text(yaml.safe_dump(values))
-    for words in (TRAIN, ATTACK):
+    for words in (TRAIN, ATTACK, CLASSIFY):
         assert command(f"{words} --out whole.{words.split()[0]}").exit_code == 0
     assert command(f"{EVALUATE} --out whole.evaluate").exit_code == 0
     yield folder
@@ -103,7 +104,7 @@ def test_training_in_windows_ends_at_the_same_weights(folder: Path, looks) -> No
     assert Path("parts.safetensors").read_bytes() == Path("whole.train-ebm").read_bytes()
 
 
-@pytest.mark.parametrize(("words", "count"), [(TRAIN, 250), (ATTACK, 40)])
+@pytest.mark.parametrize(("words", "count"), [(TRAIN, 250), (ATTACK, 40), (CLASSIFY, 20)])
 def test_work_travels_in_one_file(folder: Path, looks, words: str, count: int) -> None:
     name = words.split()[0]
     travels = f"{words} --out moved.{name} --checkpoint travels/work.zip"
