@@ -22,6 +22,7 @@ from stages.files import Whole, fingerprint, readable, require, source_files
 from stages.hardware import Hardware
 from stages.params import Params
 
+ONCE = 1.0  # seconds in which a signal that comes again, to a process and to its group, is one
 MANIFEST = "work.json"  # in a checkpoint file: what the work belongs to
 
 
@@ -68,7 +69,7 @@ class Scratch:
         digest = hashlib.sha256(about.encode()).hexdigest()
         self.folder: Path = (within.folder if within else scratch) / f"{name}-{digest[:12]}"
         self.packed = Stopwatch()
-        self.asked_to_stop = False
+        self.asked_to_stop, self.asked_at = False, 0.0
         self.laps, self.longest, self.lap_began = 0, 0.0, time.monotonic()
 
     def __enter__(self) -> Self:
@@ -90,9 +91,11 @@ class Scratch:
         return self
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.asked_to_stop:  # asked twice: do not wait for the next safe point
-            raise KeyboardInterrupt
-        self.asked_to_stop = True
+        if self.asked_to_stop and time.monotonic() - self.asked_at > ONCE:
+            raise KeyboardInterrupt  # asked twice: do not wait for the next safe point
+        if self.asked_to_stop:
+            return
+        self.asked_to_stop, self.asked_at = True, time.monotonic()
         say("stopping where it is safe; once more to stop now")
 
     @property

@@ -4,12 +4,14 @@ import itertools
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -70,13 +72,29 @@ def run(
             environment["STOCHSEC_TIME_LIMIT"] = str(left / 60)
         say(f"run-all: stochsec {' '.join(step.words)}")
         command = [sys.executable, "-m", "stages", *step.words, "--params", str(params_file)]
-        status = subprocess.run(command, env=environment).returncode
+        status = call(command, environment)
         if status == FAILED and number > 0 and time.monotonic() > began + limit:
             return TIME_IS_UP  # what was left of the window was too short for a piece of it
         if status:
             return status
     say("run-all: everything is done")
     return 0
+
+
+def call(command: list[str], environment: dict[str, str]) -> int:
+    """Run a stage and hand it the signals that come here, so that it can keep its work."""
+    process = subprocess.Popen(command, env=environment)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    handlers = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status  # as shells say that a signal ended it
 
 
 def steps(params: Params) -> list[Step]:

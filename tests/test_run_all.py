@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from tests.tiny import STAGES, command
 def folder(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the tiny experiment, to be spoilt."""
     copy = tmp_path / "copy"
-    shutil.copytree(experiment, copy)
+    shutil.copytree(experiment, copy, ignore=shutil.ignore_patterns(".scratch"))
     for path in copy.rglob("*"):
         os.utime(path, (1e9, 1e9))  # all is as new as all else: done
     monkeypatch.chdir(copy)
@@ -63,12 +67,12 @@ def test_what_is_missing_or_older_than_what_it_reads_is_done(folder: Path) -> No
 def test_all_steps_share_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, ran = [0.0], []
 
-    def step_of_ten_seconds(command: list[str], env: dict[str, str]) -> object:
+    def step_of_ten_seconds(command: list[str], env: dict[str, str]) -> int:
         ran.append((" ".join(command[3:-2]), float(env["STOCHSEC_TIME_LIMIT"])))
         clock[0] += 10
-        return type("Completed", (), {"returncode": statuses.pop(0)})
+        return statuses.pop(0)
 
-    monkeypatch.setattr(run_all.subprocess, "run", step_of_ten_seconds)
+    monkeypatch.setattr(run_all, "call", step_of_ten_seconds)
     monkeypatch.setattr(run_all.time, "monotonic", lambda: clock[0])
     shutil.rmtree("artifacts")
     file = Path("params.yaml")
@@ -90,11 +94,11 @@ def test_stages_are_run_in_the_order_of_their_names(
 ) -> None:
     ran: list[str] = []
 
-    def remember(command: list[str], env: dict[str, str]) -> object:
+    def remember(command: list[str], env: dict[str, str]) -> int:
         ran.append(" ".join(command[3:-2]))
-        return type("Completed", (), {"returncode": 0})
+        return 0
 
-    monkeypatch.setattr(run_all.subprocess, "run", remember)
+    monkeypatch.setattr(run_all, "call", remember)
     shutil.rmtree("artifacts")
     assert command("run-all attack_transfer inspect prepare_data").exit_code == 0
     assert ran == [
@@ -106,6 +110,24 @@ def test_stages_are_run_in_the_order_of_their_names(
     result = command("run-all nonsense")
     assert result.exit_code == 2
     assert "stages: expected names among ['check_params', 'prepare_data'" in result.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_stage_which_keeps_its_work(folder: Path, number: int) -> None:
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    values["ebm"]["adam_batches"] = 100_000
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    Path("artifacts/tiny/models/digits/ebm_adam.state.pt").unlink()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages", "run-all", "ebm_adam"], start_new_session=True
+    )
+    while not list(Path(".scratch").glob("train-ebm-digits-adam-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, number)  # as a terminal does, or timeout: both get it
+    assert process.wait(60) == 130
+    assert list(Path(".scratch").glob("train-ebm-digits-adam-*/checkpoint.pt"))
 
 
 def test_a_step_that_fails_ends_it(folder: Path) -> None:
