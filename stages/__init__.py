@@ -2,10 +2,15 @@
 
 FAILED = 2  # exit status: something that the user can mend
 TIME_IS_UP = 75  # exit status: the time limit ended it; the same command goes on
+TOO_SHORT = 76  # exit status: the time limit is too short for any piece of the work
 
 
 class StageError(Exception):
     """Something the user can mend; the command line prints it as one line and exits with 2."""
+
+
+class WindowTooShort(StageError):  # noqa: N818 - of a kind with Stopped
+    """Nothing could be finished within the time limit; again would be no better."""
 
 
 class Stopped(Exception):  # noqa: N818 - a request, not an error

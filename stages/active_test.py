@@ -1,5 +1,6 @@
 """Would an attack find an adversarial image that is known to be there?"""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ def run(params: Params, dataset: str, hardware: Hardware, files: Files, out: Pat
     named = params.evaluate.attacks[section.attack]
     nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
     data = load_images(files.images, "test", params.dataset(dataset), section.images)
-    inputs = [files.images, files.classifier, files.energy]
+    inputs = {"images": files.images, "classifier": files.classifier, "energy": files.energy}
     about: dict[str, object] = {"run": params.run, "dataset": dataset}
     about |= {**section.model_dump(), **params.conditions(section.attack)}
 
@@ -42,11 +43,13 @@ def run(params: Params, dataset: str, hardware: Hardware, files: Files, out: Pat
         Track(f"active test {dataset}", len(data.labels), unit="images") as track,
     ):
         for place, image in enumerate(from_bytes(data.images).split(1)):
-            work = partial(hide_and_seek, nets, named, place, image.to(hardware.device))
+            work = partial(
+                hide_and_seek, nets, named, place, image.to(hardware.device), scratch.check_clock
+            )
             rows.append(scratch.piece(f"{place:05d}", work))
             track.advance(watch=seen_so_far(rows))
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        save_tensors(out, tensors, {**about, **hardware.conditions()})
+        save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     say(f"active test {dataset}, {section.attack}: {seen_so_far(rows)}")
 
@@ -57,7 +60,9 @@ def seen_so_far(rows: list[dict[str, Tensor]]) -> str:
     return f"found {sum(bool(row['found']) for row in rows)} of {planted} planted"
 
 
-def hide_and_seek(nets: Nets, named: NamedAttack, place: int, x: Tensor) -> dict[str, Tensor]:
+def hide_and_seek(
+    nets: Nets, named: NamedAttack, place: int, x: Tensor, on_step: Callable[[], None]
+) -> dict[str, Tensor]:
     """One image (1,C,H,W): was a point planted, did the attack find one, how often does chance?"""
     params, langevin = nets.params, nets.params.langevin
     section = params.evaluate.active_test
@@ -89,6 +94,7 @@ def hide_and_seek(nets: Nets, named: NamedAttack, place: int, x: Tensor) -> dict
             torch.zeros(1, dtype=torch.int64, device=x.device),
             configure(params, named, early=params.evaluate.early_verdicts),
             generator=generator,
+            on_step=lambda robust: on_step(),
         )
         found, hits = bool(record.broken_at != NEVER), planted.random_hits
     return {

@@ -174,6 +174,26 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
+def about_of(path: Path) -> dict[str, Any]:
+    """The description alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StageError(f"{path}: not a readable safetensors file ({error})") from None
+    return about
+
+
+def together(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One description of parts that were made in turns, by several machines perhaps."""
+    about = dict(abouts[0])
+    for name in about:
+        said = dict.fromkeys(str(one.get(name)) for one in abouts)
+        if len(said) > 1:
+            about[name] = ", ".join(said)
+    return about
+
+
 @dataclass(frozen=True)
 class AttackResult:
     """An attack record with its images: what the report judges."""
@@ -217,9 +237,4 @@ class AttackResult:
 
         images = joined(Images, [part.images for part in parts])
         record = joined(AttackRecord, [part.record for part in parts])
-        about = dict(parts[0].about)
-        for name in about:
-            said = dict.fromkeys(str(part.about.get(name)) for part in parts)
-            if len(said) > 1:  # made in turns on several machines
-                about[name] = ", ".join(said)
-        return cls(images, record, about)
+        return cls(images, record, together([part.about for part in parts]))

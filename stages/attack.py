@@ -90,10 +90,9 @@ def run(
         for number, part in enumerate(data.shards(params.attack.shard, start))
         if len(part.labels)
     }
-    inputs = [*plan.inputs.values()]
     with (
         said_warnings(),
-        Scratch(name, params, key, inputs, hardware, afresh=afresh, within=within) as scratch,
+        Scratch(name, params, key, plan.inputs, hardware, afresh=afresh, within=within) as scratch,
     ):
         shards = run_shards(plan, name, parts, hardware, scratch, about)
         joined = AttackResult.concatenate(shards)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stages import FAILED, TIME_IS_UP, StageError, Stopped, console, presets
+from stages import (
+    FAILED,
+    TIME_IS_UP,
+    TOO_SHORT,
+    StageError,
+    Stopped,
+    WindowTooShort,
+    console,
+    presets,
+)
 from stages.console import say
 from stages.files import Paths, pretrained, reports, write_text
 from stages.params import EVALUATED, TABLE_ATTACKS, Params, load_params
@@ -114,7 +123,7 @@ def _mendable() -> Iterator[None]:
         yield
     except StageError as error:
         say(f"error: {error}")
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(TOO_SHORT if isinstance(error, WindowTooShort) else FAILED) from None
     except Stopped as stop:
         say(str(stop))
         raise typer.Exit(TIME_IS_UP if stop.time_is_up else 130) from None
@@ -649,6 +658,8 @@ def preset(
 ) -> None:
     """Write params.yaml for a preset; its comments name the source of each number."""
     try:
+        if name is None and values:
+            raise StageError("set: expected the name of a preset before --set")
         if name is None:
             say("presets: " + ", ".join(presets.names()))
         else:
@@ -656,7 +667,8 @@ def preset(
             if not force and params_file.exists():
                 presets.refuse_to_lose(params_file)
             write_text(params_file, text)
-            say(f"{params_file} is now preset {name}; `dvc repro` runs it")
+            own = f" with {', '.join(values)}" if values else ""
+            say(f"{params_file} is now preset {name}{own}; `dvc repro` runs it")
     except StageError as error:
         say(f"error: {error}")
         raise typer.Exit(FAILED) from None

@@ -40,7 +40,7 @@ def run(
     data = load_images(images, "test", params.dataset(dataset), compare.images)
     adversarial = AttackResult.load(pgd).of_pgd(data, pgd)
     about = {"run": params.run, "dataset": dataset, **compare.model_dump()}
-    inputs = [images, classifier, pgd, *models.values()]
+    inputs = {"images": images, "classifier": classifier, "pgd": pgd, **models}
 
     def key(p: Params) -> object:
         data, precision = p.data[dataset], p.langevin.precision
@@ -59,7 +59,7 @@ def run(
             pieces.setdefault(curve, []).append(scratch.piece(f"{number:05d}", compute))
             track.advance(watch=curve)
         tensors = {"K": torch.tensor(compare.K), "labels": data.labels, **joined(pieces)}
-        save_tensors(out, tensors, {**about, **hardware.conditions()})
+        save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     for model in MODELS:
         right = tensors[f"{model}/natural/logits"].argmax(2) == data.labels

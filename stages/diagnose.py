@@ -34,11 +34,11 @@ def run(
         data = p.data[dataset]
         return p.seed, dataset, data, p.langevin, p.diagnose
 
-    inputs = [images, classifier, energy]
+    inputs = {"images": images, "classifier": classifier, "energy": energy}
     with Scratch(f"diagnose-{dataset}", params, key, inputs, hardware) as scratch:
         tensors = scratch.piece("logits", partial(logits, nets, data))
         about = {"run": params.run, "dataset": dataset, "K": params.langevin.K}
-        save_tensors(out, tensors, {**about, **hardware.conditions()})
+        save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     say(f"diagnose {dataset}: safe image {tensors['chosen'][0]}, borderline {tensors['chosen'][1]}")
 

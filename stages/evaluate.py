@@ -7,6 +7,7 @@ from stages import attack
 from stages.artifacts import AttackResult
 from stages.console import say
 from stages.energies import load_energy
+from stages.files import WholeFolder
 from stages.hardware import Hardware
 from stages.params import TRANSFER, Params
 from stages.resume import Scratch
@@ -25,6 +26,7 @@ def run(
 
     Corners of an energy that has none are not smoothed: such an attack is left out.
     """
+    whole = WholeFolder(out, f"{TRANSFER}.safetensors")
     corners = has_corners(load_energy(params, dataset, hardware, files.energy))
     names = [TRANSFER]
     for name, named in params.evaluate.attacks.items():
@@ -37,7 +39,7 @@ def run(
         conditions = [(name, p.conditions(name)) for name in names]
         return conditions, p.evaluate.images, p.seed, p.data[dataset], p.attack
 
-    inputs = [files.images, files.classifier, files.energy, files.pgd]
+    inputs = dict(vars(files))
     title = f"evaluate-{dataset}-{files.energy.stem}"
     results: dict[str, AttackResult] = {}
     with Scratch(title, params, key, inputs, hardware, afresh=afresh) as scratch:
@@ -47,10 +49,9 @@ def run(
                 scratch.check()
                 attack.run(params, dataset, name, hardware, files, path, within=scratch)
             results[name] = AttackResult.load(path)
-        for path in out.glob("*.safetensors"):
-            path.unlink()
-        for name, result in results.items():
-            result.save(out / f"{name}.safetensors")
+        with whole as partial:
+            for name, result in results.items():
+                result.save(partial / f"{name}.safetensors")
         scratch.done()
     say(f"evaluate {dataset}: {out}")
     return list(results.values())

@@ -249,6 +249,9 @@ def energy_page(
     for (name, level), colour in zip(values.items(), colours, strict=True):
         if name == "training images":
             name = "training images, with their noise"
+        level = level[np.isfinite(level)]
+        if len(level) == 0:
+            continue
         low, high = np.quantile(level, (0.01, 0.99))
         bins = np.linspace(low, high, 25).tolist()
         levels.hist(level, bins=bins, density=True, histtype="step", color=colour, label=name)

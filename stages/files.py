@@ -2,7 +2,9 @@
 
 import csv
 import hashlib
+import math
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,39 @@ class Whole:
             self.partial.unlink(missing_ok=True)
 
 
+class WholeFolder:
+    """``with WholeFolder(path, mark) as partial:`` the same for a folder: the new one or the old.
+
+    What the old one held is gone. To be taken for an old one a folder must hold the file ``mark``,
+    or nothing: `StageError` for any other.
+    """
+
+    def __init__(self, path: Path, mark: str) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise StageError(f"{path}: expected a folder")
+        if path.is_dir() and any(path.iterdir()) and not (path / mark).exists():
+            raise StageError(
+                f"{path}: is not empty and has no {mark}, so nothing is written over it"
+            )
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            old = self.partial.with_suffix(".old")
+            if self.path.exists():
+                self.path.rename(old)
+            self.partial.rename(self.path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file."""
     with Whole(path) as partial:
@@ -96,6 +131,18 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def minutes(time_limit: float | None) -> float:
+    """The time limit of a command: what is given, else STOCHSEC_TIME_LIMIT, else none."""
+    written = str(time_limit or os.environ.get("STOCHSEC_TIME_LIMIT") or math.inf)
+    try:
+        limit = float(written)
+    except ValueError:
+        limit = math.nan
+    if not limit > 0:
+        raise StageError(f"STOCHSEC_TIME_LIMIT: expected minutes > 0, got {written!r}")
+    return limit
 
 
 def source_files() -> list[Path]:

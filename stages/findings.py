@@ -6,20 +6,21 @@ from scipy.stats import binomtest
 from defense.active_test import BELIEVED
 from defense.attack import NOT_MEASURED
 from stages.artifacts import AttackResult
-from stages.params import TRANSFER
 from stages.rows import count
 
 BPDA = "identity"  # the attack of that name in evaluate.attacks
 GRADIENT_FREE_MAY_WIN_BY = 0.002  # of accuracy, as in AutoAttack's own checks
 
 
-def findings(results: list[AttackResult]) -> list[str]:
-    """What the records of one evaluation say together, in words; all attacks on one defense."""
+def findings(results: list[AttackResult], usual: float) -> list[str]:
+    """What the records of one evaluation say together, in words; all attacks on one defense.
+
+    ``usual`` is the radius that attacks are compared at, others being controls.
+    """
     by_name = {str(result.about["attack"]): result for result in results}
     labels = results[0].images.labels
     robust = {name: result.record.robust(labels) for name, result in by_name.items()}
     scale = {name: float(result.about["eps_255"]) for name, result in by_name.items()}
-    usual = scale[TRANSFER]
     guided = [name for name in by_name if _guided(by_name[name]) and scale[name] == usual]
     blind = [name for name in by_name if not _guided(by_name[name]) and scale[name] == usual]
     said = []
@@ -37,8 +38,9 @@ def findings(results: list[AttackResult]) -> list[str]:
         said += [_paired(name, robust[name], robust[BPDA]) for name in guided if name != BPDA]
     if guided and blind:
         said.append(_gradient_free(robust, guided, blind))
-    together = torch.stack([robust[name] for name in (*guided, *blind)]).all(0)
-    said.append(f"robust to every attack of this radius: {count(together)} n={len(labels)}")
+    if guided or blind:
+        together = torch.stack([robust[name] for name in (*guided, *blind)]).all(0)
+        said.append(f"robust to every attack of this radius: {count(together)} n={len(labels)}")
     said.append(verification(results))
     cost = results[0].about.get("cost")
     if cost:
@@ -46,7 +48,7 @@ def findings(results: list[AttackResult]) -> list[str]:
     return said
 
 
-def active_test(tensors: dict[str, torch.Tensor], about: dict[str, object]) -> str:
+def active_test(tensors: dict[str, torch.Tensor], attack: str) -> str:
     """Did the attack find what was planted in the ball? Zimmermann et al. (2022) ask for 95 %."""
     planted, found = tensors["planted"], tensors["found"]
     share = count(found[planted])
@@ -54,7 +56,7 @@ def active_test(tensors: dict[str, torch.Tensor], about: dict[str, object]) -> s
         return f"FLAG: active test: nothing could be planted in {len(planted)} images"
     hits = float(tensors["random_hits"][planted].mean())
     text = (
-        f"active test: attack {about['attack']} finds {int(share.right)} of {share.n} planted "
+        f"active test: attack {attack} finds {int(share.right)} of {share.n} planted "
         f"images {share}; random points of the ball find one in {hits:.2%} of tries"
     )
     return (
@@ -137,6 +139,6 @@ def convergence(inspected: dict[str, torch.Tensor]) -> str:
         + ", ".join(f"{value:+.1f} (from {start})" for start, value in away.items())
         + " standard deviations from that of the persistent chains"
     )
-    if max(map(abs, away.values())) > FAR:
+    if not all(abs(value) <= FAR for value in away.values()):  # nor if one is not a number
         return f"FLAG: not convergent: {text}"
     return f"convergent: {text}"

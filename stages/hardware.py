@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from stages import StageError
+from stages.files import minutes
 
 ENGINES = ("auto", "compiled", "plain")
 
@@ -42,14 +43,7 @@ class Hardware:
         chains = str(max_chains or os.environ.get("STOCHSEC_MAX_CHAINS") or default)
         if not chains.isdigit() or int(chains) < 1:
             raise StageError(f"STOCHSEC_MAX_CHAINS: expected a number >= 1, got {chains!r}")
-        minutes = str(time_limit or os.environ.get("STOCHSEC_TIME_LIMIT") or math.inf)
-        try:
-            limit = float(minutes)
-        except ValueError:
-            limit = math.nan
-        if not limit > 0:
-            raise StageError(f"STOCHSEC_TIME_LIMIT: expected minutes > 0, got {minutes!r}")
-        return cls(chosen, int(chains), limit, checkpoint)
+        return cls(chosen, int(chains), minutes(time_limit), checkpoint)
 
     def seconds_left(self) -> float:
         """Until the time limit."""

@@ -60,11 +60,10 @@ def run(
     def key(p: Params) -> object:
         return p.seed, dataset, phase, p.data[dataset], p.ebm.steps, p.langevin, p.inspect
 
+    inputs = {"images": images, "energy": energy, "state": state}
     tensors: dict[str, Tensor] = {f"{name}/levels": value for name, value in levels.items()}
     with (
-        Scratch(
-            f"inspect-{dataset}-{phase}", params, key, [images, energy, state], hardware
-        ) as scratch,
+        Scratch(f"inspect-{dataset}-{phase}", params, key, inputs, hardware) as scratch,
         Track(f"inspect {dataset} {phase}", len(starts), unit="starts") as track,
     ):
         for name, x in starts.items():
@@ -73,7 +72,7 @@ def run(
             track.advance(watch=name)
         tensors["grid"] = torch.tensor(grid(params))
         about = {"run": params.run, "dataset": dataset, "phase": phase, "K": params.langevin.K}
-        save_tensors(out, tensors, {**about, **hardware.conditions()})
+        save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     say(f"inspect {dataset} {phase}: {convergence(tensors)}")
 
@@ -84,7 +83,7 @@ def persistent(state: Path, made_by: str, hardware: Hardware, shape: tuple[int, 
     try:
         bank = CompactBank.from_state_dict(saved["bank"])
         states = bank.read(torch.arange(min(LEVELS, len(bank)), device=hardware.device))
-    except (KeyError, TypeError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise StageError(f"{state}: holds no bank of chains ({error})") from None
     if tuple(states.shape[1:]) != shape:
         raise StageError(
@@ -109,7 +108,7 @@ def follow(
     start: str,
     x: Tensor,
 ) -> dict[str, Tensor]:
-    """Energies (G,n) of chains at the steps of `grid`, some states, the share out of range (G,)."""
+    """Energies (G,n) of chains at the steps of `grid`, and some states (G,S,C,H,W)."""
     tau, steps = params.dataset(dataset).tau, grid(params)
     states = states_at(
         network,
@@ -124,5 +123,4 @@ def follow(
     return {
         f"{start}/energies": torch.stack(levels),
         f"{start}/states": states[:, :SAMPLES],
-        f"{start}/outside": (states.abs() > 1).float().flatten(1).mean(1),
     }

@@ -232,7 +232,7 @@ class Compare(Section):
 class Inspect(Section):
     """Long chains under an energy."""
 
-    chains: Count
+    chains: Annotated[int, Field(ge=1, le=500, strict=True)]
     long_steps: Count
 
 
@@ -287,6 +287,7 @@ class Params(Section):
             ("compare.bpda_eot.images", self.compare.bpda_eot.images, compared),
             ("evaluate.draws", self.evaluate.draws, drawn),
             ("diagnose.H", max(self.diagnose.H), ("diagnose.replicas", self.diagnose.replicas)),
+            ("langevin.K", self.langevin.K, ("inspect.long_steps", self.inspect.long_steps)),
         ):
             if size > most:
                 raise ValueError(f"{name}: expected <= {whole} = {most}, got {size}")

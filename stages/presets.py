@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from yaml import YAMLError, safe_load
 
 from stages import StageError
 from stages.params import PRESETS, validate_params
@@ -36,7 +37,7 @@ def text(name: str, changes: Iterable[str] = ()) -> str:
         _set(values, change)
     out = io.StringIO()
     yaml.dump(values, out)
-    validate_params(YAML(typ="safe", pure=True).load(out.getvalue()), PRESETS / f"{name}.yaml")
+    validate_params(safe_load(out.getvalue()), PRESETS / f"{name}.yaml")
     return out.getvalue()
 
 
@@ -54,14 +55,21 @@ def _whole(yaml: YAML, name: str) -> CommentedMap:
 
 def _set(values: CommentedMap, change: str) -> None:
     """Replace one value; `StageError` if there is none of that name."""
-    key, equals, value = change.partition("=")
+    key, equals, written = change.partition("=")
     *sections, last = key.split(".")
     section = values
     for part in sections:
         section = section.get(part) if isinstance(section, CommentedMap) else None
     if not equals or not isinstance(section, CommentedMap) or last not in section:
         raise StageError(f"set: expected KEY=VALUE with a key of params.yaml, got {change!r}")
-    section[last] = YAML().load(value)
+    try:
+        value = safe_load(written)
+    except YAMLError as error:
+        raise StageError(f"set: {change}: not valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(value, list):
+        value = CommentedSeq(value)
+        value.fa.set_flow_style()
+    section[last] = value
 
 
 def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str = "") -> None:

@@ -1,15 +1,16 @@
-"""Where results come from: parameters, code, machine, and the hashes of what they were made of."""
+"""Where results come from: parameters, machine, the hashes of what they were made of; the code."""
 
 import hashlib
 import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from stages.artifacts import load_tensors
+from stages.artifacts import about_of
 from stages.files import fingerprint, source_files, write_text
 from stages.params import Params
 
@@ -22,22 +23,36 @@ def write(params: Params, root: Path, out: Path) -> None:
     values = as_yaml(params)
     write_text(out / "params.yaml", values)
     records = root / f"artifacts/{params.run}/records"
-    about = {}
+    imported = import_of(params.run, root)
+    about: dict[str, object] = {}
     for path in sorted(records.rglob("*.safetensors")):
-        said = load_tensors(path)[1]
-        about[str(path.relative_to(records))] = {
+        said, name = about_of(path), str(path.relative_to(records))
+        about[name] = {
             "sha256": fingerprint(path),
-            **{name: said[name] for name in MACHINE if name in said},
+            **{key: said[key] for key in MACHINE if key in said},
             "made of": said.get("files", {}),
+            "imported": is_imported(path, f"records/{name}", imported),
         }
     provenance: dict[str, object] = {
         "hashes": "the first 32 hexadecimal digits of sha256",
         "params.yaml": hashlib.sha256(values.encode()).hexdigest()[:32],
         "records": about,
     }
-    if (imported := records / IMPORTED).exists():
-        provenance["imported"] = json.loads(imported.read_text())
+    if imported:
+        provenance["import"] = imported
     write_text(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+
+
+def import_of(run: str, root: Path = Path()) -> dict[str, Any]:
+    """The manifest of the import that records of a run came with; empty if there was none."""
+    path = root / f"artifacts/{run}/records/{IMPORTED}"
+    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return manifest
+
+
+def is_imported(path: Path, name: str, manifest: dict[str, Any]) -> bool:
+    """Whether a file is still the one that was imported."""
+    return str(manifest.get("files", {}).get(name, "")).startswith(fingerprint(path))
 
 
 def as_yaml(params: Params) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,22 @@ from defense.threat import ThreatModel
 from stages import StageError, figures, provenance, rows, tables
 from stages.artifacts import AttackResult, load_tensors
 from stages.console import say
-from stages.files import Paths, write_text
+from stages.files import Paths, WholeFolder, write_text
 from stages.findings import active_test, convergence, findings, verification
 from stages.params import EVALUATED, INSPECTED, TABLE_ATTACKS, TRANSFER, Params
 
 
 def run(params: Params, out: Path, root: Path = Path()) -> None:
-    """Judge the records under ``root``, write tables and figures, print the tables.
+    """Judge the records under ``root``, print the tables, write all into a new folder ``out``.
 
     A record that is not there is a row, a cell or a figure "not run".
     """
+    with WholeFolder(out, "provenance.json") as partial:
+        write(params, partial, root)
+
+
+def write(params: Params, out: Path, root: Path) -> None:
+    """Tables, figures, findings and provenance into an empty folder."""
     compared_paths = Paths(params.run, params.compare_dataset, root)
     results = found(
         judged(Paths(params.run, dataset, root).record(attack), params, attack)
@@ -35,14 +42,14 @@ def run(params: Params, out: Path, root: Path = Path()) -> None:
     every = results + [one for records in evaluations.values() for one in records]
     if not every:
         raise StageError(f"{compared_paths.record('pgd').parent}: no records of attacks")
-    draws = params.evaluate.draws
+    draws, usual = params.evaluate.draws, params.attack.eps_255
     measured = rows.rows(every, draws)
     rows.write(measured, out / "rows.csv")
     metrics = rows.summarise(params, measured)
 
-    compared = finite(compared_paths.record("compare"))
+    compared = record(compared_paths.record("compare"), params.compare.model_dump())
     if compared is not None:
-        curve = rows.accuracy_over_steps(compared, params)
+        curve = rows.accuracy_over_steps(finite(compared, "compare"), params)
         rows.write(curve, out / "accuracy_over_steps.csv")
         rows.write(rows.curves(curve), out / "curves.csv")
         metrics |= rows.lost_at_longest(curve)
@@ -52,12 +59,20 @@ def run(params: Params, out: Path, root: Path = Path()) -> None:
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], out)
 
-    said = [f"{energy}: {line}" for energy, some in evaluations.items() for line in findings(some)]
+    said = [
+        f"{energy}: {line}"
+        for energy, some in evaluations.items()
+        for line in findings(some, usual)
+    ]
     defended = [result for result in results if "H_def" in result.about]
     said += [f"Tables 1-3: {verification(defended)}"] if defended else []
-    planted = compared_paths.record("active_test")
-    if planted.exists():
-        said.append(f"convergent: {active_test(*load_tensors(planted))}")
+    tested = params.evaluate.active_test
+    planted = record(
+        compared_paths.record("active_test"),
+        {**tested.model_dump(), **params.conditions(tested.attack)},
+    )
+    if planted is not None:
+        said.append(f"convergent: {active_test(finite(planted, 'active_test'), tested.attack)}")
     if evaluations:
         figures.save(figures.evaluation(evaluations, draws), out / "figures/evaluation")
     for dataset in params.datasets:
@@ -76,13 +91,13 @@ def found(records: Iterable[AttackResult | None]) -> list[AttackResult]:
 
 def pictures(params: Params, paths: Paths, out: Path) -> list[str]:
     """The figures of one dataset; what its energies' long chains say."""
-    said = []
-    diagnosed = finite(paths.record("diagnose"))
+    said, steps = [], {"K": params.langevin.K}
+    diagnosed = record(paths.record("diagnose"), steps)
     if diagnosed is not None:
-        histogram = figures.logit_histograms(diagnosed, params.diagnose.H)
+        histogram = figures.logit_histograms(finite(diagnosed, "diagnose"), params.diagnose.H)
         figures.save(histogram, out / f"figure3_logits_{paths.dataset}")
     for phase in INSPECTED:
-        inspected = finite(paths.record(f"inspect_{phase}"))
+        inspected = record(paths.record(f"inspect_{phase}"), steps)
         if inspected is not None:
             verdict = f"Energy of {paths.dataset}, {phase}: {convergence(inspected)}"
             history = rows.training(paths, phase)
@@ -134,14 +149,28 @@ def captions(out: Path) -> str:
     return "\n".join(lines)
 
 
-def finite(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a record, if it is there; `StageError` if one is not finite."""
+def record(path: Path, expected: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of a record, if it is there; `StageError` if it was made of other parameters."""
     if not path.exists():
         return None
-    tensors, _ = load_tensors(path)
-    for name, value in tensors.items():
+    tensors, about = load_tensors(path)
+    check_conditions(path, about, expected)
+    return tensors
+
+
+def check_conditions(path: Path, about: dict[str, Any], expected: dict[str, Any]) -> None:
+    """What a record says of itself against the parameters."""
+    for name, value in json.loads(json.dumps(expected)).items():
+        if about.get(name) != value:
+            found = about.get(name)
+            raise StageError(f"{path}: expected {name} = {value} as in params.yaml, got {found}")
+
+
+def finite(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The same; `StageError` if a value is not finite."""
+    for key, value in tensors.items():
         if not torch.isfinite(value).all():
-            raise StageError(f"{path}: {name}: values that are not finite")
+            raise StageError(f"record {name}: {key}: values that are not finite")
     return tensors
 
 
@@ -153,18 +182,14 @@ def judged(path: Path, params: Params, attack: str) -> AttackResult | None:
     if not path.exists():
         return None
     result = AttackResult.load(path)
-    for name, value in params.conditions(attack).items():
-        if result.about.get(name) != value:
-            found = result.about.get(name)
-            raise StageError(f"{path}: expected {name} = {value} as in params.yaml, got {found}")
+    check_conditions(path, result.about, params.conditions(attack))
     found, expected = len(result.images.labels), params.images(attack)
     if found != expected or result.about.get("subset"):
         raise StageError(f"{path}: expected the first {expected} test images, got {found}")
     x, x_adv = from_bytes(result.images.images), result.record.adversarial
     threat = ThreatModel(params.attack.norm, float(result.about["eps_255"]))
-    record = result.record
     for name in ("adversarial", "clean_logits", "adversarial_logits"):
-        if not torch.isfinite(getattr(record, name)).all():
+        if not torch.isfinite(getattr(result.record, name)).all():
             raise StageError(f"{path}: {name}: values that are not finite")
     if x_adv.min() < 0 or x_adv.max() > 1:
         raise StageError(f"{path}: adversarial pixels outside [0, 1]")

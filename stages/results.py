@@ -6,15 +6,17 @@ import re
 import shutil
 import tempfile
 import zipfile
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from defense.pretrained import load_energy
 from stages import StageError, report
-from stages.artifacts import AttackResult, load_images
+from stages.artifacts import AttackResult, Images, about_of, load_images, load_tensors
 from stages.console import say
-from stages.files import Paths, Whole, readable, reports
+from stages.files import Paths, Whole, WholeFolder, fingerprint, readable, reports
 from stages.hardware import Hardware
-from stages.params import NAME, TABLE_ATTACKS, Params, load_params
+from stages.params import MODELS, NAME, Params, load_params
 from stages.provenance import IMPORTED, as_yaml, here
 
 MANIFEST, PARAMS = "manifest.json", "params.yaml"
@@ -48,8 +50,9 @@ def pack(params: Params, hardware: Hardware, out: Path) -> None:
 def unpack(path: Path, *, force: bool) -> None:
     """Check a file of `pack` as a whole, then put it where the run's results belong.
 
-    Hashes, parameters, conditions, the ball, the box and finiteness; where the images of a dataset
-    are here, also that the attacked images are they. Nothing is written if anything is wrong.
+    Hashes, parameters, conditions, the ball, the box and finiteness; that records and energies
+    belong together; where the images of a dataset are here, that the attacked images and labels are
+    theirs. Nothing is written if anything is wrong.
     """
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -58,43 +61,61 @@ def unpack(path: Path, *, force: bool) -> None:
         if params.run != manifest["run"]:
             raise StageError(f"{path}: says run {manifest['run']}, its parameters {params.run}")
         theirs, ours = (base / f"artifacts/{params.run}" for base in (root, Path()))
-        if ours.joinpath("records").exists() and not force:
-            raise StageError(
-                f"{ours / 'records'}: is there already; --force puts the imported files over it"
-            )
-        check_images(params, root)
+        taken = [place for place in replaced(theirs, ours) if place.exists()]
+        if taken and not force:
+            raise StageError(f"{taken[0]}: is there already; --force replaces it")
         theirs.joinpath("records", IMPORTED).write_text(json.dumps(manifest, indent=2) + "\n")
-        report.run(params, root / "report", root)
+        try:
+            check_records(params, theirs)
+            report.run(params, root / "report", root)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise StageError(f"{path}: a record is not what it should be ({error!r})") from None
+        for place in taken:
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
         shutil.copytree(theirs, ours, dirs_exist_ok=True)
-        shutil.rmtree(reports(params.run), ignore_errors=True)
-        shutil.copytree(root / "report", reports(params.run))
+        with WholeFolder(reports(params.run), "provenance.json") as partial:
+            shutil.copytree(root / "report", partial, dirs_exist_ok=True)
     say(
-        f"import: {reports(params.run)}, made on {manifest['device']} by commit "
+        f"import: {reports(params.run)}, packed on {manifest['device']} by commit "
         f"{manifest['commit'] or 'unknown'}"
     )
+
+
+def replaced(theirs: Path, ours: Path) -> list[Path]:
+    """What an import takes the place of: all records; other energies, and their training states."""
+    places = [ours / "records"]
+    for weights in theirs.glob("models/*/*.safetensors"):
+        mine = ours / weights.relative_to(theirs)
+        if mine.exists() and mine.read_bytes() != weights.read_bytes():
+            places += [mine, mine.with_suffix(".state.pt")]
+    return places
 
 
 def extract(path: Path, root: Path) -> dict[str, Any]:
     """The files of an archive under ``root``, each with the hash that the manifest says."""
     try:
         with zipfile.ZipFile(path) as archive:
-            manifest: dict[str, Any] = json.loads(archive.read(MANIFEST))
+            manifest: dict[str, Any] = dict(json.loads(archive.read(MANIFEST)))
             stated = dict(manifest["files"])
             if not re.fullmatch(NAME, manifest["run"]):
                 raise StageError(f"{path}: {manifest['run']!r} is no name of a run")
+            missing = {"commit", "source", "device", "torch"} - manifest.keys()
+            if missing:
+                raise KeyError(*missing)
             held = set(archive.namelist()) - {MANIFEST}
             if held != stated.keys():
                 odd = sorted(held ^ stated.keys())[0]
                 raise StageError(f"{path}: {odd}: in the archive or in its manifest, not in both")
             for name, digest in stated.items():
-                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                    raise StageError(f"{path}: {name}: not a path inside a run")
+                if name != PARAMS and not belongs(PurePosixPath(name)):
+                    raise StageError(f"{path}: {name}: no record and no energy of a run")
                 data = archive.read(name)
                 if hashlib.sha256(data).hexdigest() != digest:
                     raise StageError(f"{path}: {name}: its sha256 is not that of the manifest")
                 place = root / (name if name == PARAMS else f"artifacts/{manifest['run']}/{name}")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(data)
+            root.joinpath(f"artifacts/{manifest['run']}/records").mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:
         raise StageError(f"{path}: no such file") from None
     except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
@@ -102,17 +123,45 @@ def extract(path: Path, root: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_images(params: Params, root: Path) -> None:
-    """`StageError` if records are of other images than those that are here, where there are any."""
+def belongs(name: PurePosixPath) -> bool:
+    """Whether `pack` would pack a file of that name."""
+    if name.is_absolute() or ".." in name.parts:
+        return False
+    if name.parts[0] == "records":
+        return name.suffix in (".safetensors", ".csv")
+    return len(name.parts) == 3 and name.match("models/*/ebm_*.safetensors")
+
+
+def check_records(params: Params, theirs: Path) -> None:
+    """`StageError` if a record is of other images or energies than those that are there."""
+    for weights in theirs.glob("models/*/*.safetensors"):
+        load_energy(weights)
     for dataset in params.datasets:
-        here = Paths(params.run, dataset).images
-        if not here.exists():
-            say(f"import: {here} is not here; which images were attacked is not checked")
-            continue
-        data = load_images(here, "test", params.dataset(dataset))
-        for attack in TABLE_ATTACKS:
-            record = Paths(params.run, dataset, root).record(attack)
-            if record.exists():
-                images = AttackResult.load(record).images
-                if not images.images.equal(data.images[: len(images.labels)]):
-                    raise StageError(f"{record.name}: its images are not those of {here}")
+        own = Paths(params.run, dataset).images
+        if not own.exists():
+            say(f"import: {own} is not here; which images were attacked is not checked")
+        data = load_images(own, "test", params.dataset(dataset)) if own.exists() else None
+        for path in sorted(theirs.glob(f"records/{dataset}/**/*.safetensors")):
+            name, about = path.relative_to(theirs), about_of(path)
+            check_energies(name, about, theirs / f"models/{dataset}")
+            if data is not None and "adversarial" in load_tensors(path)[0]:
+                images = AttackResult.load(path).images
+                count = len(images.labels)
+                if not all(
+                    getattr(images, field.name).equal(getattr(data, field.name)[:count])
+                    for field in fields(Images)
+                ):
+                    raise StageError(f"{name}: its images or labels are not those of {own}")
+
+
+def check_energies(name: Path, about: dict[str, Any], models: Path) -> None:
+    """The energies that a record says it was made with, against those of the archive."""
+    stated = dict(about.get("files", {}))
+    named = {role: hashed for role, hashed in stated.items() if role in MODELS}
+    phase = about.get("energy", about.get("phase"))
+    if phase and "energy" in stated:
+        named[str(phase)] = stated["energy"]
+    for phase, hashed in named.items():
+        weights = models / f"ebm_{phase}.safetensors"
+        if weights.exists() and fingerprint(weights) != hashed:
+            raise StageError(f"{name}: was not made with the energy {weights.name} beside it")

@@ -8,15 +8,15 @@ import shutil
 import signal
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 from torch import Tensor
 
-from stages import StageError, Stopped
-from stages.artifacts import load_tensors, save_tensors
+from stages import StageError, Stopped, WindowTooShort
+from stages.artifacts import load_tensors, save_tensors, together
 from stages.console import say
 from stages.files import Whole, fingerprint, readable, require, source_files
 from stages.hardware import Hardware
@@ -44,33 +44,35 @@ class Scratch:
         name: str,
         params: Params,
         key: Callable[[Params], object],
-        inputs: list[Path],
+        inputs: Mapping[str, Path],
         hardware: Hardware,
         *,
         afresh: bool = False,
         within: "Scratch | None" = None,
     ) -> None:
-        for path in inputs:
+        for path in inputs.values():
             require(path)
         self.afresh, self.hardware = afresh, hardware
         self.params, self.key = params, key
         self.belongs: dict[str, object] = {
             "work": name,
             "parameters": repr(key(params)),
-            "files": [fingerprint(path) for path in inputs],
+            "files": {role: fingerprint(path) for role, path in inputs.items()},
         }
         self.made_by: dict[str, object] = {
             "source": [fingerprint(path) for path in source_files()],
             "machine": hardware.conditions(),
         }
-        about = json.dumps([self.belongs, self.made_by], sort_keys=True)
         self.root: Scratch = within.root if within else self
-        scratch = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
-        digest = hashlib.sha256(about.encode()).hexdigest()
-        self.folder: Path = (within.folder if within else scratch) / f"{name}-{digest[:12]}"
-        self.packed = Stopwatch()
+        scratch = within.folder if within else Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
+        # Work within other work goes on wherever that does.
+        about = self.belongs if within else {**self.belongs, **self.made_by}
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        self.folder: Path = scratch / f"{name}-{digest[:12]}"
+        self.packed = Stopwatch(30.0)  # states are saved once a minute: every one of them is packed
         self.asked_to_stop, self.asked_at = False, 0.0
         self.laps, self.longest, self.lap_began = 0, 0.0, time.monotonic()
+        self.machines: list[dict[str, object]] = []
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,29 +81,42 @@ class Scratch:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StageError(f"{self.folder}: another process is at this very work") from None
-        if self.afresh:
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
-        elif self.root is self and self.hardware.checkpoint:
-            self._unpack(self.hardware.checkpoint)
+        try:
+            self._take_up()
+        except BaseException:
+            self._lock.close()
+            raise
         self._handlers = {
             number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
         }
         self.lap_began = time.monotonic()
         return self
 
+    def _take_up(self) -> None:
+        """What an earlier run has left, here or in the checkpoint file."""
+        for path in self.folder.glob(".*.partial"):  # of a run that was killed while it wrote
+            path.unlink()
+        if self.afresh:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+        if self.root is self and self.hardware.checkpoint:
+            if not self.afresh:
+                self._unpack(self.hardware.checkpoint)
+            self._pack()  # a place that cannot be written to is said now
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.asked_to_stop and time.monotonic() - self.asked_at > ONCE:
+        root = self.root
+        if root.asked_to_stop and time.monotonic() - root.asked_at > ONCE:
             raise KeyboardInterrupt  # asked twice: do not wait for the next safe point
-        if self.asked_to_stop:
+        if root.asked_to_stop:
             return
-        self.asked_to_stop, self.asked_at = True, time.monotonic()
+        root.asked_to_stop, root.asked_at = True, time.monotonic()
         say("stopping where it is safe; once more to stop now")
 
     @property
     def stopping(self) -> bool:
         """Whether a signal asks for the end, or too little time is left for another lap."""
-        return self.asked_to_stop or self.hardware.seconds_left() <= self.longest
+        return self.root.asked_to_stop or self.hardware.seconds_left() <= self.longest
 
     def lap(self) -> None:
         """A piece of work has ended; others may take as long."""
@@ -122,66 +137,96 @@ class Scratch:
             self._leave()
 
     def _leave(self) -> None:
-        if not self.asked_to_stop and not self.root.laps:
-            raise StageError(
+        asked = self.root.asked_to_stop
+        if not asked and not self.root.laps:
+            raise WindowTooShort(
                 f"time limit: {self.hardware.time_limit:g} minutes are too few for one piece of "
                 "this work; give more, or lower attack.shard"
             )
         self.root._pack()
         kept = self.hardware.checkpoint or self.root.folder
-        why = "stopped" if self.asked_to_stop else "the time is up"
         raise Stopped(
-            f"{why}; {kept} ({readable(kept)}) keeps what is done, run the same command to go on",
-            time_is_up=not self.asked_to_stop,
+            f"{'stopped' if asked else 'the time is up'}; {kept} ({readable(kept)}) keeps what is "
+            "done, run the same command to go on",
+            time_is_up=not asked,
         )
+
+    def _written(self) -> float:
+        """When the newest file of the work was written; 0 if there is none."""
+        return max((path.stat().st_mtime for path in self._files()), default=0.0)
+
+    def _files(self) -> list[Path]:
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return [path for path in found if path.suffix not in (".lock", ".partial")]
 
     def _pack(self) -> None:
         """The folder as one file, if it is to travel."""
         if self.hardware.checkpoint is None:
             return
-        with (
-            Whole(self.hardware.checkpoint) as partial,
-            zipfile.ZipFile(partial, "w") as archive,
-        ):
-            archive.writestr(MANIFEST, json.dumps({**self.belongs, **self.made_by}))
-            for path in sorted(self.folder.rglob("*")):
-                if path.is_file() and path.suffix != ".lock":
+        about = {**self.belongs, **self.made_by, "written": self._written()}
+        try:
+            with (
+                Whole(self.hardware.checkpoint) as partial,
+                zipfile.ZipFile(partial, "w") as archive,
+            ):
+                archive.writestr(MANIFEST, json.dumps(about))
+                for path in self._files():
                     archive.write(path, path.relative_to(self.folder))
+        except OSError as error:
+            raise StageError(
+                f"{self.hardware.checkpoint}: cannot be written ({error.strerror})"
+            ) from None
 
     def _unpack(self, path: Path) -> None:
         """A checkpoint file into the folder, unless the folder has newer work.
 
-        `StageError` if it is of other parameters or files; another machine, or other source, is
-        only said.
+        `StageError` if it is of other parameters or files, or damaged; the folder is then as it
+        was. Another machine, or other source, is only said.
         """
         if not path.exists():
             return
+        fresh = self.folder.with_suffix(".unpacked")
+        shutil.rmtree(fresh, ignore_errors=True)
         try:
             with zipfile.ZipFile(path) as archive:
-                about = json.loads(archive.read(MANIFEST))
+                about = dict(json.loads(archive.read(MANIFEST)))
+                written = float(about["written"])
                 for name, value in self.belongs.items():
                     if about.get(name) != value:
                         raise StageError(f"{path}: is a checkpoint of other {name}; {REMEDY}")
-                mine = [p.stat().st_mtime for p in self.folder.rglob("*") if p.is_file()]
-                if mine and max(mine) > path.stat().st_mtime:
+                if self._written() > written:
+                    say(f"{path}: {self.folder} has newer work, which goes on")
                     return
-                for name, value in self.made_by.items():
-                    if about.get(name) != json.loads(json.dumps(value)):
-                        say(f"{path}: made by another {name}; its work goes on here")
-                shutil.rmtree(self.folder)
-                archive.extractall(self.folder)
-        except (zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
+                archive.extractall(fresh)
+        except StageError:
+            raise
+        except Exception as error:  # damaged archives raise many kinds
+            shutil.rmtree(fresh, ignore_errors=True)
             raise StageError(f"{path}: not a checkpoint file ({error}); {REMEDY}") from None
-        (self.folder / MANIFEST).unlink()
+        for name, value in self.made_by.items():
+            if about.get(name) != json.loads(json.dumps(value)):
+                say(f"{path}: made by another {name}; its work goes on here")
+        (fresh / MANIFEST).unlink()
+        for file in (file for file in fresh.rglob("*") if file.is_file()):
+            os.utime(file, (written, written))
+        shutil.rmtree(self.folder)
+        fresh.rename(self.folder)
 
     def piece(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Named tensors, computed and saved unless an earlier run of the stage has done so."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             self.check()
-            save_tensors(path, compute(), {})
+            save_tensors(path, compute(), self.hardware.conditions())
             self.lap()
-        return load_tensors(path)[0]
+        tensors, about = load_tensors(path)
+        self.machines.append(about)
+        return tensors
+
+    def about(self) -> dict[str, object]:
+        """What a record says of its making: the machines of all its pieces, and the files read."""
+        files = self.belongs["files"]
+        return {**together(self.machines or [self.hardware.conditions()]), "files": files}
 
     def done(self) -> None:
         """The result is written: forget the work in progress.

@@ -182,7 +182,7 @@ def training(paths: Paths, phase: str) -> pd.DataFrame:
         if path.exists():
             part = pd.read_csv(path).assign(phase=name)
             part["batch"] += batches
-            batches = int(part["batch"].max())
+            batches = int(part["batch"].max()) if len(part) else batches
             parts.append(part)
     columns = ["batch", "energy_gap", "gradient_norm", "phase"]
     return pd.concat(parts) if parts else pd.DataFrame(columns=columns)

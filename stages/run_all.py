@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
-from stages import FAILED, TIME_IS_UP, StageError
+from stages import TIME_IS_UP, TOO_SHORT, StageError
 from stages.console import say
+from stages.files import minutes
 from stages.params import Params
 
 GRAPH = Path(__file__).parent.parent / "dvc.yaml"
-TOO_SHORT = 0.05  # of a window: no step is begun in what is left of it
+TOO_LITTLE = 0.05  # of a window: no step is begun in what is left of it
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def run(
     times alone: it does not see that parameters or code have changed. All steps together have
     ``time_limit`` minutes; a step that it stops goes on next time.
     """
-    began, limit = time.monotonic(), 60 * (time_limit or math.inf)
+    began, limit = time.monotonic(), 60 * minutes(time_limit)
     environment = dict(os.environ) | ({"STOCHSEC_DEVICE": device} if device else {})
     chosen = steps(params)
     names = list(dict.fromkeys(step.stage for step in chosen))
@@ -62,21 +63,25 @@ def run(
         if name not in names:
             raise StageError(f"stages: expected names among {names}, got {name!r}")
     chosen = [step for name in stages or names for step in chosen if step.stage == name]
-    todo = [step for step in chosen if not step.is_done()]
-    for number, step in enumerate(todo):
+    ran = 0
+    for step in chosen:
+        if step.is_done():
+            continue
         left = began + limit - time.monotonic()
-        if left < TOO_SHORT * limit:
-            say(f"run-all: the time is up, {len(todo) - number} of {len(todo)} steps are left")
+        if left < TOO_LITTLE * limit:
+            undone = sum(not step.is_done() for step in chosen)
+            say(f"run-all: the time is up, at least {undone} of {len(chosen)} steps are left")
             return TIME_IS_UP
-        if time_limit:
+        if math.isfinite(left):
             environment["STOCHSEC_TIME_LIMIT"] = str(left / 60)
         say(f"run-all: stochsec {' '.join(step.words)}")
         command = [sys.executable, "-m", "stages", *step.words, "--params", str(params_file)]
         status = call(command, environment)
-        if status == FAILED and number > 0 and time.monotonic() > began + limit:
+        if status == TOO_SHORT and ran > 0:
             return TIME_IS_UP  # what was left of the window was too short for a piece of it
         if status:
             return status
+        ran += 1
     say("run-all: everything is done")
     return 0
 

@@ -49,7 +49,9 @@ def run(
 
     rows: list[tuple[int, float, float]] = []
     epochs = section.classifier.epochs
-    with Scratch(f"train-classifier-{dataset}", params, key, [images], hardware) as scratch:
+    with Scratch(
+        f"train-classifier-{dataset}", params, key, {"images": images}, hardware
+    ) as scratch:
         checkpoint = scratch.folder / "checkpoint.pt"
         if checkpoint.exists():
             state = load_state(checkpoint, "", device)

@@ -46,7 +46,7 @@ def run(
         raise StageError(f"phase: expected one of {list(PHASES)}, got {phase!r}")
     trainer = make_trainer(params, dataset, phase, hardware, images)
     first = phase.removeprefix(SMOOTH) == "adam"
-    inputs = [images] if first else [images, start]
+    inputs = {"images": images} if first else {"images": images, "start": start}
     if not first:
         go_on_from_phase_1(trainer, phase_before(phase), dataset, start, hardware)
     total = params.ebm.adam_batches if first else params.ebm.sgd_batches

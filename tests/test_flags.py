@@ -98,7 +98,8 @@ def evaluation(**broken: int) -> list[AttackResult]:
 
 
 def said(word: str, **broken: int) -> str:
-    return next(text for text in findings(evaluation(transfer=2, **broken)) if word in text)
+    lines = findings(evaluation(transfer=2, **broken), 8.0)
+    return next(text for text in lines if word in text)
 
 
 def test_gradient_free_attacks_must_not_win() -> None:

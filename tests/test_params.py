@@ -231,6 +231,7 @@ def test_the_precisions_are_those_of_the_library() -> None:
             "no_attack",
             "evaluate.active_test.attack: expected one with a radius",
         ),
+        (("inspect", "long_steps"), 50, "langevin.K: expected <= inspect.long_steps = 50, got 60"),
         (("data", "digits", "classes"), 2, None),
     ],
 )

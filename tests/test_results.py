@@ -13,7 +13,8 @@ import torch
 from defense import load_energy
 from defense.bank import CompactBank
 from stages.artifacts import AttackResult, load_state, load_tensors, save_tensors
-from stages.files import Paths, fingerprint
+from stages.files import Paths, WholeFolder, fingerprint
+from stages.findings import convergence
 from stages.provenance import source
 from tests.tiny import command
 
@@ -87,12 +88,16 @@ def test_an_import_gives_the_report_of_the_machine_that_made_it(
 def test_the_report_says_where_results_come_from(packed: Path) -> None:
     assert command(f"import {packed}").exit_code == 0
     provenance = json.loads(Path("reports/tiny/provenance.json").read_text())
-    assert provenance["imported"]["source"] == source()
-    assert provenance["imported"].keys() >= {"commit", "device", "torch", "files"}
+    assert provenance["import"]["source"] == source()
+    assert provenance["import"].keys() >= {"commit", "device", "torch", "files"}
     record = provenance["records"]["digits/bpda_eot.safetensors"]
     assert record["sha256"] == fingerprint(PATHS.record("bpda_eot"))
     assert record["made of"]["energy"] == fingerprint(PATHS.model("ebm_convergent"))
     assert record["device"] == "cpu"
+    assert record["imported"]
+    compared = provenance["records"]["digits/compare.safetensors"]
+    assert compared["made of"]["convergent"] == fingerprint(PATHS.model("ebm_convergent"))
+    assert compared["made of"]["images"] == record["made of"]["images"]
 
 
 def test_a_report_can_be_made_again_from_what_was_imported(packed: Path) -> None:
@@ -141,6 +146,38 @@ def nan_in_the_comparison(contents: dict[str, bytes]) -> None:
     path.unlink()
 
 
+def another_energy(contents: dict[str, bytes]) -> None:
+    models = "models/digits/ebm_{}.safetensors"
+    contents[models.format("convergent")] = contents[models.format("nonconvergent")]
+
+
+def no_energy(contents: dict[str, bytes]) -> None:
+    contents["models/digits/ebm_adam.safetensors"] = b"garbage"
+
+
+def images_too(contents: dict[str, bytes]) -> None:
+    contents["data/digits.npz"] = b"others"
+
+
+def a_history_of_something_else(contents: dict[str, bytes]) -> None:
+    contents["records/digits/ebm_convergent.csv"] = b"a,b\n1,2\n"
+
+
+def an_inspection_of_something_else(contents: dict[str, bytes]) -> None:
+    path = Path("inspect.safetensors")
+    path.write_bytes(contents["records/digits/inspect_convergent.safetensors"])
+    _, about = load_tensors(path)
+    save_tensors(path, {"grid": torch.tensor([0, 1])}, about)
+    contents["records/digits/inspect_convergent.safetensors"] = path.read_bytes()
+    path.unlink()
+
+
+def no_device(contents: dict[str, bytes]) -> None:
+    manifest = json.loads(contents["manifest.json"])
+    del manifest["device"]
+    contents["manifest.json"] = json.dumps(manifest).encode()
+
+
 def one_bit(contents: dict[str, bytes]) -> None:
     data = bytearray(contents[BPDA])
     data[-1] ^= 1
@@ -168,9 +205,15 @@ def another_run(contents: dict[str, bytes]) -> None:
         (not_finite, True, "clean_logits: values that are not finite"),
         (nan_in_the_comparison, True, "natural/logits: values that are not finite"),
         (other_conditions, True, "expected H_def = 6 as in params.yaml, got 5"),
+        (another_energy, True, "was not made with the energy ebm_convergent.safetensors beside"),
+        (no_energy, True, "not an energy of `stochsec train-ebm`"),
+        (images_too, True, "data/digits.npz: no record and no energy of a run"),
+        (a_history_of_something_else, True, "a record is not what it should be"),
+        (an_inspection_of_something_else, True, "a record is not what it should be"),
+        (no_device, False, "not a file of `stochsec export`"),
         (one_bit, False, f"{BPDA}: its sha256 is not that of the manifest"),
         (one_more, False, "more.csv: in the archive or in its manifest, not in both"),
-        (a_way_out, True, "../../out.csv: not a path inside a run"),
+        (a_way_out, True, "../../out.csv: no record and no energy of a run"),
         (another_run, False, "'../up' is no name of a run"),
     ],
 )
@@ -200,23 +243,56 @@ def test_records_that_are_here_are_not_overwritten_unasked(packed: Path) -> None
     assert command(f"import {packed} --force").exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["bpda_eot", "evaluate_convergent/identity"])
+@pytest.mark.parametrize("what", ["images", "labels", "index"])
 def test_attacked_images_are_compared_with_those_that_are_here(
-    experiment: Path, packed: Path
+    experiment: Path, packed: Path, name: str, what: str
 ) -> None:
     images = Path("artifacts/tiny/data/digits.npz")
     images.parent.mkdir(parents=True)
     shutil.copy(experiment / images, images)
+    record = f"records/digits/{name}.safetensors"
 
     def edit(result: AttackResult) -> None:
-        result.images.images[0, 0, 0, 0] += 1
+        getattr(result.images, what)[0] += 1
 
     def other_images(contents: dict[str, bytes]) -> None:
-        contents[BPDA] = edited(contents[BPDA], edit)
+        contents[record] = edited(contents[record], edit)
 
     result = command(f"import {changed(packed, other_images, rehash=True)}")
     assert result.exit_code == 2
-    assert "bpda_eot.safetensors: its images are not those of" in " ".join(result.output.split())
+    assert f"{record}: its images or labels are not those of" in " ".join(result.output.split())
     assert command(f"import {packed}").exit_code == 0
+
+
+def test_an_import_takes_the_place_of_what_it_replaces(experiment: Path, packed: Path) -> None:
+    """Old records do not mix with new ones, nor new energies with old training states."""
+    shutil.copytree(experiment / "artifacts", "artifacts")
+    old = Path("artifacts/tiny/records/digits/old.safetensors")
+    shutil.copy(PATHS.record("compare"), old)
+    weights = PATHS.model("ebm_convergent")
+    weights.write_bytes(PATHS.model("ebm_nonconvergent").read_bytes())
+    result = command(f"import {packed}")
+    assert result.exit_code == 2
+    assert "--force replaces it" in result.output
+    assert old.exists()
+    assert command(f"import {packed} --force").exit_code == 0
+    assert not old.exists()
+    assert weights.read_bytes() == (experiment / weights).read_bytes()
+    assert not PATHS.state("ebm_convergent").exists(), "it belongs to the energy that was here"
+    assert PATHS.state("ebm_adam").exists()
+
+
+def test_what_is_made_here_after_an_import_is_not_called_imported(packed: Path) -> None:
+    assert command(f"import {packed}").exit_code == 0
+    path = PATHS.record("bpda_eot")
+    result = AttackResult.load(path)
+    result.about["torch"] = "another"
+    result.save(path)
+    assert command("report --params reports/tiny/params.yaml").exit_code == 0
+    records = json.loads(Path("reports/tiny/provenance.json").read_text())["records"]
+    assert not records["digits/bpda_eot.safetensors"]["imported"]
+    assert records["digits/pgd.safetensors"]["imported"]
 
 
 def test_what_was_not_run_says_so(packed: Path) -> None:
@@ -235,6 +311,77 @@ def test_what_was_not_run_says_so(packed: Path) -> None:
     first = pd.read_csv("reports/tiny/table1.csv").set_index(["Defense", "Dataset"])
     assert first.loc[("Ours", "digits"), "long K nat."].endswith("n=10")
     assert not list(Path("reports/tiny/figures").glob("figure4*"))
+
+
+def test_an_evaluation_that_lacks_attacks_is_reported(packed: Path) -> None:
+    def without(contents: dict[str, bytes]) -> None:
+        for name in ("transfer", "identity", "no_attack"):
+            del contents[f"records/digits/evaluate_convergent/{name}.safetensors"]
+
+    result = command(f"import {changed(packed, without, rehash=True)}")
+    assert result.exit_code == 0, result.output
+    lines = pd.read_csv("reports/tiny/attacks.csv").set_index("energy").loc["convergent"]
+    assert "identity" not in set(lines["attack"])
+    assert {"exact", "smoothed", "square", "huge"} < set(lines["attack"])
+
+
+def test_a_report_shows_nothing_of_an_earlier_one(packed: Path) -> None:
+    assert command(f"import {packed}").exit_code == 0
+    assert "figure4" in Path("reports/tiny/README.md").read_text()
+    PATHS.record("compare").unlink()
+    assert command("report --params reports/tiny/params.yaml --out reports/tiny").exit_code == 0
+    assert "figure4" not in Path("reports/tiny/README.md").read_text()
+    assert not Path("reports/tiny/curves.csv").exists()
+
+
+@pytest.mark.parametrize("words", ["report", "publish"])
+def test_a_folder_of_something_else_is_not_written_over(packed: Path, words: str) -> None:
+    assert command(f"import {packed}").exit_code == 0
+    Path("mine").mkdir()
+    Path("mine/README.md").write_text("mine")
+    result = command(f"{words} --params reports/tiny/params.yaml --out mine")
+    assert result.exit_code == 2
+    assert "mine: is not empty and has no" in result.output
+    assert [path.name for path in Path("mine").iterdir()] == ["README.md"]
+
+
+def test_a_run_without_energies_publishes_nothing(packed: Path) -> None:
+    assert command(f"import {packed}").exit_code == 0
+    shutil.rmtree("artifacts/tiny/models")
+    result = command("publish --params reports/tiny/params.yaml")
+    assert result.exit_code == 2
+    assert "no energies to publish" in result.output
+    assert not Path("pretrained").exists()
+
+
+def test_a_new_folder_is_there_as_a_whole_or_not_at_all() -> None:
+    out = Path("out")
+    for content in ("old", "new"):
+        with WholeFolder(out, "mark") as partial:
+            (partial / "mark").write_text(content)
+            (partial / content).touch()
+    assert {path.name for path in out.iterdir()} == {"mark", "new"}
+    with pytest.raises(InterruptedError), WholeFolder(out, "mark") as partial:
+        (partial / "newer").touch()
+        raise InterruptedError
+    assert {path.name for path in out.iterdir()} == {"mark", "new"}
+    assert [path.name for path in Path().iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("start", ["test images", "noise"])
+def test_chains_that_end_in_no_number_are_not_convergent(experiment: Path, start: str) -> None:
+    tensors, _ = load_tensors(experiment / PATHS.record("inspect_convergent"))
+    still = {
+        name: tensors["persistent chains/levels"][:6].expand(len(tensors["grid"]), 6).clone()
+        if name.endswith("energies")
+        else value
+        for name, value in tensors.items()
+    }
+    assert convergence(still).startswith("convergent")
+    still[f"{start}/energies"][-1, 2] = torch.nan
+    assert convergence(still).startswith("FLAG: not convergent")
+    still[f"{start}/energies"][-1] = still["persistent chains/levels"].mean() + 5000
+    assert convergence(still).startswith("FLAG: not convergent")
 
 
 def test_published_energies_load_in_one_line(experiment: Path) -> None:

@@ -83,10 +83,15 @@ def test_all_steps_share_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert [round(60 * minutes) for _, minutes in ran] == [30, 20, 10]
     statuses = [0, 75]
     assert run_all.run(params, file, (), 5, None) == 75, "as the step says"
-    statuses = [0, 0, 2]
+    statuses = [0, 0, 76]
     assert run_all.run(params, file, (), 0.49, None) == 75, "too little was left for it"
-    statuses = [2]
-    assert run_all.run(params, file, (), 0.1, None) == 2, "a whole window is too little"
+    statuses = [76]
+    assert run_all.run(params, file, (), 0.1, None) == 76, "a whole window is too little"
+    statuses = [0, 2]
+    assert run_all.run(params, file, (), 0.3, None) == 2, "an error is an error"
+    monkeypatch.setenv("STOCHSEC_TIME_LIMIT", "0.5")
+    statuses = [0] * 10
+    assert run_all.run(params, file, (), None, None) == 75, "the environment's limit is of all"
 
 
 def test_stages_are_run_in_the_order_of_their_names(
@@ -110,6 +115,34 @@ def test_stages_are_run_in_the_order_of_their_names(
     result = command("run-all nonsense")
     assert result.exit_code == 2
     assert "stages: expected names among ['check_params', 'prepare_data'" in result.output
+
+
+def test_what_a_step_makes_stale_is_done_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def write_again(command: list[str], env: dict[str, str]) -> int:
+        words = " ".join(command[3:-2])
+        ran.append(words)
+        for place in steps()[words].writes:
+            for path in [place, *place.rglob("*")]:
+                path.touch()
+        return 0
+
+    monkeypatch.setattr(run_all, "call", write_again)
+    os.utime("artifacts/tiny/models/digits/classifier.safetensors")
+    assert command("run-all").exit_code == 0
+    assert ran == [words for words in steps() if words.split()[0] in NEED_A_CLASSIFIER]
+
+
+NEED_A_CLASSIFIER = {
+    "attack",
+    "evaluate",
+    "active-test",
+    "compare",
+    "diagnose",
+    "report",
+    "publish",
+}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -146,9 +179,14 @@ def test_a_preset_takes_values_of_your_own(folder: Path) -> None:
         ("langevin=7", "langevin = 7: expected a valid dictionary"),
         ("seed", "expected KEY=VALUE"),
         ("langevin.K=-7", "langevin.K = -7: expected greater than or equal to 1"),
+        ("langevin.K=[", "not valid YAML"),
+        ("langevin.K=!!python/object:x", "not valid YAML"),
     ):
         before = Path("params.yaml").read_text()
         result = command(f"preset h100 --force --set {change}")
         assert result.exit_code == 2
         assert message in " ".join(result.output.split())
         assert Path("params.yaml").read_text() == before
+    assert command("preset digits --force --set seed=010").exit_code == 0
+    assert load_params(Path("params.yaml")).seed == 8, "as every reader of the file reads it"
+    assert command("preset --set seed=1").exit_code == 2

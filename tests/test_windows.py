@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from stages.artifacts import AttackResult, load_tensors
+from stages.console import Track
 from stages.files import Paths, readable
 from stages.hardware import Hardware
 from tests.tiny import command, tiny_params
@@ -151,7 +152,7 @@ def test_a_signal_leaves_the_file_too(folder: Path) -> None:
 def test_a_window_too_short_for_one_piece_says_so(folder: Path, looks) -> None:
     looks(10)
     result = command(f"{ATTACK} --out parts.safetensors --time-limit 3")
-    assert result.exit_code == 2
+    assert result.exit_code == 76
     assert "3 minutes are too few for one piece of this work" in result.output
 
 
@@ -183,13 +184,57 @@ def test_newer_work_of_this_machine_is_not_thrown_away(folder: Path, looks) -> N
     old = Path("work.zip").read_bytes()
     looks(20)
     assert command(words).exit_code == 75
-    Path("work.zip").write_bytes(old)
-    long_ago = time.time() - 3600
-    os.utime("work.zip", (long_ago, long_ago))
+    Path("work.zip").write_bytes(old)  # an old copy; when it was copied says nothing
     before = batches_done(next(Path(".scratch").glob("train-ebm-*/checkpoint.pt")))
     looks(20)
     assert command(words).exit_code == 75
     assert batches_done(next(Path(".scratch").glob("train-ebm-*/checkpoint.pt"))) == before + 21
+
+
+def test_a_damaged_checkpoint_takes_nothing_away(folder: Path, looks) -> None:
+    words = f"{TRAIN} --checkpoint work.zip --out parts.safetensors"
+    looks(20)
+    assert command(words).exit_code == 75
+    content = bytearray(Path("work.zip").read_bytes())
+    content[len(content) // 2] ^= 255
+    Path("work.zip").write_bytes(content)
+    for path in Path(".scratch").glob("train-ebm-*/*"):
+        os.utime(path, (0, 0))  # older than what the file holds
+    for _ in range(2):
+        result = command(words)
+        assert result.exit_code == 2
+        assert "work.zip: not a checkpoint file" in " ".join(result.output.split())
+        assert list(Path(".scratch").glob("train-ebm-*/checkpoint.pt")), "the work is still there"
+    assert not list(Path(".scratch").glob("*.unpacked"))
+
+
+def test_a_place_that_cannot_be_written_to_is_said_at_once(folder: Path, looks) -> None:
+    Path("file").write_text("no folder")
+    looks(20)
+    result = command(f"{TRAIN} --checkpoint file/work.zip --out parts.safetensors")
+    assert result.exit_code == 2
+    assert "file/work.zip: cannot be written" in " ".join(result.output.split())
+
+
+def test_a_signal_in_the_last_shard_of_an_attack_ends_the_evaluation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = Track.advance
+
+    def stop_there(track: Track, *arguments: object, **named: object) -> None:
+        if track.what.endswith("-identity") and track.done == track.total - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        advance(track, *arguments, **named)
+
+    monkeypatch.setattr(Track, "advance", stop_there)
+    result = command(f"{EVALUATE} --out stopped.evaluate")
+    assert result.exit_code == 130
+    assert "identity digits: natural" in result.output, "the shard was finished"
+    assert "no_attack digits: natural" not in result.output
+    monkeypatch.undo()
+    assert command(f"{EVALUATE} --out stopped.evaluate").exit_code == 0
+    for path in Path("whole.evaluate").iterdir():
+        assert path.read_bytes() == (Path("stopped.evaluate") / path.name).read_bytes(), path.name
 
 
 def batches_done(path: Path) -> int:
