@@ -35,7 +35,9 @@ def test_the_table_of_every_run_is_its_reports(run: str) -> None:
     ],
 )
 def test_links_lead_somewhere(folder: Path, link: str) -> None:
-    assert (folder / link).exists()
+    path, _, heading = link.partition("#")
+    assert (folder / path).exists()
+    assert not heading or f"\n## {heading.replace('-', ' ')}\n" in COMMANDS.lower()
 
 
 @pytest.mark.parametrize(
