@@ -10,7 +10,7 @@ from torch import Tensor
 
 from defense.pixels import from_bytes
 from defense.threat import ThreatModel
-from stages import StageError, figures, provenance, rows, tables
+from stages import StageError, figures, page, provenance, rows, tables
 from stages.artifacts import AttackResult, load_tensors
 from stages.console import say
 from stages.files import Paths, WholeFolder, write_text
@@ -82,6 +82,7 @@ def write(params: Params, out: Path, root: Path) -> None:
         say(finding)
     provenance.write(params, root, out)
     write_text(out / "README.md", captions(out))
+    page.write(out, CAPTIONS)
 
 
 def found(records: Iterable[AttackResult | None]) -> list[AttackResult]:

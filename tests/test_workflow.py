@@ -45,6 +45,7 @@ HOMES = {
     "PIL": {"stages/prepare_data.py"},
     "scipy": {"defense/verdict.py", "stages/findings.py"},
     "ruamel": {"stages/presets.py"},
+    "jinja2": {"stages/page.py"},
     "dvc": set(),
 }
 LAYERS = [
