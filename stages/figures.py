@@ -117,6 +117,54 @@ def energy_over_steps(compared: dict[str, Tensor]) -> Figure:
     return figure
 
 
+IMAGES_SHOWN = {"natural images": BLUE, "PGD images": ORANGE, "noise": GREY}
+
+
+def energies_of_images(levels: dict[str, dict[str, Tensor]]) -> Figure:
+    """Figure 7: energies (n,) of natural, adversarial and noise images under each energy."""
+    figure, axes = _figure(1, len(levels), (4.0 * len(levels), 2.6))
+    for ax, (model, values) in zip(axes, levels.items(), strict=True):
+        everything = torch.cat(list(values.values())).numpy()
+        bins = np.linspace(everything.min(), everything.max(), 60).tolist()
+        for name, level in values.items():
+            ax.hist(
+                level.numpy(),
+                bins=bins,
+                density=True,
+                color=IMAGES_SHOWN[name],
+                alpha=0.55,
+                label=f"{name} (n={len(level)})",
+            )
+        natural, adversarial = (values[name] for name in ("natural images", "PGD images"))
+        higher = float((adversarial[:, None] > natural[None, :]).float().mean())
+        ax.set(xlabel="U  [nats]", yticks=[])
+        ax.set_title(f"{TITLES[model]}\na PGD image lies higher than a natural one: {higher:.0%}")
+    axes[0].legend()
+    return figure
+
+
+ATTACK_COLOURS = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "k"]
+
+
+def over_attack_steps(results: dict[str, list[AttackResult]]) -> Figure:
+    """Figure 6, over N: the accuracy that each attack has left, one panel an energy."""
+    figure, axes = _figure(1, len(results), (4.2 * len(results), 3.0), sharey=True)
+    names = list(dict.fromkeys(str(r.about["attack"]) for found in results.values() for r in found))
+    for ax, (energy, found) in zip(axes, results.items(), strict=True):
+        for result in found:
+            name, labels = str(result.about["attack"]), result.images.labels
+            steps = range(int(result.about["steps"]) + 1)
+            robust = [result.record.robust(labels, steps=n) for n in steps]
+            left = [float(right.float().mean()) for right in robust]
+            colour = ATTACK_COLOURS[names.index(name) % len(ATTACK_COLOURS)]
+            ax.plot(steps, left, color=colour, label=name.replace("_", " "), drawstyle="steps-post")
+        ax.set(ylim=(0, 1.02), xlabel="attack steps N", ylabel="accuracy (Algorithm 1)")
+        ax.set_title(f"{energy.replace('_', ' ')} energy (n={len(found[0].images.labels)})")
+    handles, labels_shown = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels_shown, loc="outside right center")
+    return figure
+
+
 FRESH_MARKERS = {
     "mean_logits": ("mean logits", BLUE, "o"),
     "average": ("average of {draws}", ORANGE, "s"),

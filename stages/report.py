@@ -15,7 +15,7 @@ from stages.artifacts import AttackResult, load_tensors
 from stages.console import say
 from stages.files import Paths, WholeFolder, write_text
 from stages.findings import active_test, convergence, findings, verification
-from stages.params import EVALUATED, INSPECTED, TABLE_ATTACKS, TRANSFER, Params
+from stages.params import EVALUATED, INSPECTED, MODELS, TABLE_ATTACKS, TRANSFER, Params
 
 
 def run(params: Params, out: Path, root: Path = Path()) -> None:
@@ -56,6 +56,8 @@ def write(params: Params, out: Path, root: Path) -> None:
         figures.save(figures.over_steps(curve, params.langevin.K), out / "figures/figure4_accuracy")
         figures.save(figures.two_models(compared), out / "figures/figure4_samples")
         figures.save(figures.energy_over_steps(compared), out / "figures/figure4_energies")
+        if levels := energies_of_images(compared, compared_paths):
+            figures.save(figures.energies_of_images(levels), out / "figures/figure7_energies")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], out)
 
@@ -75,6 +77,8 @@ def write(params: Params, out: Path, root: Path) -> None:
         said.append(f"convergent: {active_test(finite(planted, 'active_test'), tested.attack)}")
     if evaluations:
         figures.save(figures.evaluation(evaluations, draws), out / "figures/evaluation")
+        searched = {energy: stepping(some, usual) for energy, some in evaluations.items()}
+        figures.save(figures.over_attack_steps(searched), out / "figures/figure6_steps")
     for dataset in params.datasets:
         said += pictures(params, Paths(params.run, dataset, root), out / "figures")
     tables.write_attacks(every, draws, said, out)
@@ -88,6 +92,25 @@ def write(params: Params, out: Path, root: Path) -> None:
 def found(records: Iterable[AttackResult | None]) -> list[AttackResult]:
     """Those that are there."""
     return [record for record in records if record is not None]
+
+
+def stepping(results: list[AttackResult], usual: float) -> list[AttackResult]:
+    """The attacks of the usual radius that search step by step."""
+    return [r for r in results if r.about.get("rule") and r.about["eps_255"] == usual]
+
+
+def energies_of_images(compared: dict[str, Tensor], paths: Paths) -> dict[str, dict[str, Tensor]]:
+    """Energies of natural, PGD and noise images, by model; of the models that were inspected."""
+    levels = {}
+    for model in MODELS:
+        inspected = paths.record(f"inspect_{model}")
+        if inspected.exists():
+            levels[model] = {
+                "natural images": compared[f"{model}/natural/energies"][0],
+                "PGD images": compared[f"{model}/transfer/energies"][0],
+                "noise": finite(load_tensors(inspected)[0], inspected.name)["noise/levels"],
+            }
+    return levels
 
 
 def pictures(params: Params, paths: Paths, out: Path) -> list[str]:
@@ -128,6 +151,11 @@ CAPTIONS = {
     "figure4_accuracy": "Accuracy over the length of the chain, with 95 % Wilson intervals. Does "
     "accuracy on natural images survive long chains? At K=0 there is no defense, and BPDA+EOT is "
     "not run.",
+    "figure6_steps": "What each attack leaves after so many steps. A curve that still falls at its "
+    "end says that more steps would break more images.",
+    "figure7_energies": "Energies of natural images, of the same images after PGD on the bare "
+    "classifier, and of uniform noise. Where the first two overlap, as in the paper at "
+    "eps = 8/255, no threshold on the energy tells an attack; where they do not, one would.",
     "figure4_samples": "The same test images under both energies.",
     "figure4_energies": "Energy along these chains; bands hold 80 % of the images. Chains of a "
     "convergent energy reach one level from natural and from adversarial images, and stay there.",
