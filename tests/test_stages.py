@@ -116,7 +116,11 @@ def test_records_are_taken_shard_by_shard(folder: Path) -> None:
 
 def run_in_background(words: str) -> subprocess.Popen[bytes]:
     arguments = [sys.executable, "-m", "stages", *words.split()]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the same sums as here
+    }
     return subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
 
 

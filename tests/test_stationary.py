@@ -9,6 +9,7 @@ from torch import Tensor
 from defense.compiled import CompiledLangevin
 from defense.energy import ConvEnergy
 from defense.langevin import Chain, LangevinConfig, langevin
+from tests.chains import torch_threads
 
 TAU, DEPTH = 0.15, 0.02
 CHAINS = {
@@ -41,11 +42,11 @@ def moments_of_the_density() -> tuple[float, float]:
 @cache
 def settled(name: str) -> Tensor:
     """Pixels of 500 chains after 1500 steps."""
-    torch.set_num_threads(1)
     chain: Chain = CHAINS[name]
     generator = torch.Generator().manual_seed(len(name))
     start = torch.zeros(500, 1, 4, 4)
-    return chain(well(), start, LangevinConfig(1500, TAU), generator=generator).double()
+    with torch_threads(1):
+        return chain(well(), start, LangevinConfig(1500, TAU), generator=generator).double()
 
 
 def test_the_energy_is_the_well() -> None:

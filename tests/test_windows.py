@@ -134,10 +134,12 @@ def test_the_size_of_what_is_kept_is_said(folder: Path, looks) -> None:
 def test_a_signal_leaves_the_file_too(folder: Path) -> None:
     arguments = [sys.executable, "-m", "stages", *TRAIN.split(), "--checkpoint", "work.zip"]
     arguments += ["--out", "moved.safetensors"]
-    root = str(Path(__file__).parent.parent)
-    process = subprocess.Popen(
-        arguments, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.DEVNULL
-    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the same sums as here
+    }
+    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
     while not list(Path(".scratch").glob("train-ebm-digits-adam-*.lock")):
         assert process.poll() is None
         time.sleep(0.01)

@@ -22,12 +22,12 @@ CARRIERS = {
     "defense/__init__.py",
     *(
         f"stages/{name}.py"
-        for name in ("__init__", "artifacts", "cli", "console", "files", "hardware", "params")
+        for name in ("__init__", "artifacts", "console", "files", "hardware", "params", "resume")
     ),
-    "stages/resume.py",
+    *(f"stages/{name}.py" for name in ("cli", "options", "tools")),
 }
 HOMES = {
-    "typer": {"stages/cli.py"},
+    "typer": {"stages/cli.py", "stages/options.py", "stages/tools.py"},
     "pydantic": {"stages/params.py"},
     "rich": {"stages/console.py", "stages/tables.py"},
     "pandas": {

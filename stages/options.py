@@ -1,0 +1,131 @@
+"""What the commands share: options, and how a command ends."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stages import FAILED, TIME_IS_UP, TOO_SHORT, StageError, Stopped, WindowTooShort
+from stages.console import say
+from stages.files import Paths
+from stages.params import Params, load_params
+
+if TYPE_CHECKING:
+    from stages.attack import Files
+
+Dataset = Annotated[str, typer.Argument(help="A dataset named under `datasets` in params.yaml.")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the experiment.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:1; else $STOCHSEC_DEVICE, else a GPU if there is one."),
+]
+MaxChains = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Chains that advance together (memory); else $STOCHSEC_MAX_CHAINS, else 200 on a "
+        "CPU and 4096 on a GPU.",
+    ),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        metavar="MINUTES",
+        help="Stop after so long, all work kept, with exit status 75; the same command goes on. "
+        "Else $STOCHSEC_TIME_LIMIT, else never.",
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        dir_okay=False,
+        help="Keep unfinished work in this one file too, to go on with it on another machine; "
+        "read if it is there, written once a minute, deleted when the work is done.",
+    ),
+]
+ImagesFile = Annotated[
+    Path | None,
+    typer.Option("--images", help="Images; default artifacts/RUN/data/DATASET.npz."),
+]
+ClassifierFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--classifier",
+        help="Classifier: weights of train-classifier, or any network as a .pt2 file of "
+        "torch.export, from pixels in [0, 1] to logits; default "
+        "artifacts/RUN/models/DATASET/classifier.",
+    ),
+]
+EnergyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--energy", help="Energy weights; default artifacts/RUN/models/DATASET/ebm_convergent."
+    ),
+]
+PGDRecord = Annotated[
+    Path | None,
+    typer.Option(
+        "--pgd",
+        help="Record of PGD on the bare classifier, whose images are judged; default "
+        "artifacts/RUN/records/DATASET/pgd.",
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume", help="Go on with what the same command left when it was killed."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        dir_okay=False,
+        help="Where to write; default as dvc.yaml states, or artifacts/RUN/own/DATASET for what is "
+        "no part of the workflow. What else a stage writes goes beside it.",
+    ),
+]
+
+DEFAULT_PARAMS = Path("params.yaml")
+
+
+@contextmanager
+def checked(params_file: Path) -> Iterator[Params]:
+    """Validated parameters for a stage that ends as `mendable` says."""
+    with mendable():
+        yield load_params(params_file)
+
+
+@contextmanager
+def mendable() -> Iterator[None]:
+    """One line and an exit status for whatever the user can mend."""
+    try:
+        yield
+    except StageError as error:
+        say(f"error: {error}")
+        raise typer.Exit(TOO_SHORT if isinstance(error, WindowTooShort) else FAILED) from None
+    except Stopped as stop:
+        say(str(stop))
+        raise typer.Exit(TIME_IS_UP if stop.time_is_up else 130) from None
+
+
+def attack_files(
+    paths: Paths,
+    images: Path | None,
+    classifier: Path | None,
+    energy: Path | None,
+    pgd: Path | None,
+    phase: str = "convergent",
+) -> "Files":
+    """What was given, and for the rest what the workflow has made."""
+    from stages.attack import Files
+
+    return Files(
+        images=images or paths.images,
+        classifier=classifier or paths.model("classifier"),
+        energy=energy or paths.model(f"ebm_{phase}"),
+        pgd=pgd or paths.record("pgd"),
+    )

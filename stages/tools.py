@@ -1,0 +1,178 @@
+"""The commands that are no stage: presets, benches, costs, windows, results of other machines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages import FAILED, StageError, presets
+from stages.console import say
+from stages.files import Paths, write_text
+from stages.options import (
+    DEFAULT_PARAMS,
+    ClassifierFile,
+    Dataset,
+    Device,
+    EnergyFile,
+    MaxChains,
+    ParamsFile,
+    TimeLimit,
+    attack_files,
+    checked,
+    mendable,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def bench(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Another copy of the numbers.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for numbers, table and plot.")
+    ] = Path("reports/bench"),
+    rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 7,
+    device: Device = None,
+) -> None:
+    """Time chains, training and attack against a plain torch loop and the machine's limits."""
+    with mendable():
+        from stages import bench as stage
+        from stages.hardware import Hardware
+
+        stage.run(Hardware.choose(device), rounds, out, json_path)
+
+
+@app.command()
+def bench_attack(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: Annotated[int, typer.Option(min=1, help="Test images to attack.")] = 50,
+    steps: Annotated[int, typer.Option(min=0, help="N, the updates of the attack.")] = 50,
+    block: Annotated[int, typer.Option(min=1, help="Images that are attacked together.")] = 25,
+    classifier: ClassifierFile = None,
+    energy: EnergyFile = None,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for numbers and table.")
+    ] = Path("reports/bench"),
+    device: Device = None,
+    max_chains: MaxChains = None,
+) -> None:
+    """Time Algorithm 1 as it is printed against the way that `attack` runs it."""
+    with checked(params_file) as params:
+        params.dataset(dataset)
+        from stages import bench_attack as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, max_chains),
+            attack_files(paths, None, classifier, energy, None),
+            images=images,
+            steps=steps,
+            block=block,
+            out=out,
+        )
+
+
+@app.command()
+def run_all(
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(help="Stages of dvc.yaml, in this order, such as ebm_adam; default all."),
+    ] = None,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    device: Device = None,
+    time_limit: TimeLimit = None,
+) -> None:
+    """Run stages of dvc.yaml whose outs are missing or older than what they read, without DVC.
+
+    It does not see that parameters or code have changed; `dvc repro` does.
+    """
+    with checked(params_file) as params:
+        from stages import run_all as stage
+
+        status = stage.run(params, params_file, stages or (), time_limit, device)
+        if status:
+            raise typer.Exit(status)
+
+
+@app.command()
+def cost(
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    bench: Annotated[
+        Path | None,
+        typer.Option(help="Numbers of `stochsec bench` on the machine in question, for hours."),
+    ] = None,
+) -> None:
+    """Count what the experiment costs, stage by stage, before anybody runs it."""
+    with checked(params_file) as params:
+        from stages import cost as stage
+
+        stage.run(params, bench)
+
+
+@app.command("export")
+def export_results(
+    out: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="A new .zip file.")],
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    device: Device = None,
+) -> None:
+    """Pack records and energies of the run into one file, for `import` on another machine."""
+    with checked(params_file) as params:
+        from stages import results
+        from stages.hardware import Hardware
+
+        results.pack(params, Hardware.choose(device), out)
+
+
+@app.command("import")
+def import_results(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `export` wrote.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Put the files over records of the run that are here.")
+    ] = False,
+) -> None:
+    """Check results that were made elsewhere, and write their report into reports/RUN."""
+    with mendable():
+        from stages import results
+
+        results.unpack(file, force=force)
+
+
+@app.command()
+def preset(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file in presets/, such as digits or paper; without a name, list them."
+        ),
+    ] = None,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value, as in langevin.K=2000."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite a params.yaml that you have changed.")
+    ] = False,
+) -> None:
+    """Write params.yaml for a preset; its comments name the source of each number."""
+    try:
+        if name is None and values:
+            raise StageError("set: expected the name of a preset before --set")
+        if name is None:
+            say("presets: " + ", ".join(presets.names()))
+        else:
+            text = presets.text(name, values or ())
+            if not force and params_file.exists():
+                presets.refuse_to_lose(params_file)
+            write_text(params_file, text)
+            own = f" with {', '.join(values)}" if values else ""
+            say(f"{params_file} is now preset {name}{own}; `dvc repro` runs it")
+    except StageError as error:
+        say(f"error: {error}")
+        raise typer.Exit(FAILED) from None
