@@ -64,6 +64,7 @@ def unpack(path: Path, *, force: bool) -> None:
         taken = [place for place in replaced(theirs, ours) if place.exists()]
         if taken and not force:
             raise StageError(f"{taken[0]}: is there already; --force replaces it")
+        shown = WholeFolder(reports(params.run), "provenance.json")
         theirs.joinpath("records", IMPORTED).write_text(json.dumps(manifest, indent=2) + "\n")
         try:
             check_records(params, theirs)
@@ -73,7 +74,7 @@ def unpack(path: Path, *, force: bool) -> None:
         for place in taken:
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         shutil.copytree(theirs, ours, dirs_exist_ok=True)
-        with WholeFolder(reports(params.run), "provenance.json") as partial:
+        with shown as partial:
             shutil.copytree(root / "report", partial, dirs_exist_ok=True)
     say(
         f"import: {reports(params.run)}, packed on {manifest['device']} by commit "
@@ -118,7 +119,9 @@ def extract(path: Path, root: Path) -> dict[str, Any]:
             root.joinpath(f"artifacts/{manifest['run']}/records").mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:
         raise StageError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
+    except StageError:
+        raise
+    except Exception as error:  # damaged archives raise many kinds
         raise StageError(f"{path}: not a file of `stochsec export` ({error})") from None
     return manifest
 

@@ -235,6 +235,24 @@ def test_a_file_that_is_no_export_is_one_line() -> None:
         assert message in " ".join(result.output.split())
 
 
+def test_a_damaged_file_is_one_line(packed: Path) -> None:
+    content = bytearray(packed.read_bytes())
+    content[len(content) // 2] ^= 255
+    Path("damaged.zip").write_bytes(content)
+    result = command("import damaged.zip")
+    assert result.exit_code == 2
+    assert "damaged.zip: not a file of `stochsec export`" in " ".join(result.output.split())
+
+
+def test_a_report_of_something_else_is_not_written_over(packed: Path) -> None:
+    Path("reports/tiny").mkdir(parents=True)
+    Path("reports/tiny/mine.txt").write_text("mine")
+    result = command(f"import {packed}")
+    assert result.exit_code == 2
+    assert "reports/tiny: is not empty and has no provenance.json" in result.output
+    assert not Path("artifacts").exists(), "nothing is written"
+
+
 def test_records_that_are_here_are_not_overwritten_unasked(packed: Path) -> None:
     assert command(f"import {packed}").exit_code == 0
     result = command(f"import {packed}")
