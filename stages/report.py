@@ -154,8 +154,8 @@ CAPTIONS = {
     "figure6_steps": "What each attack leaves after so many steps. A curve that still falls at its "
     "end says that more steps would break more images.",
     "figure7_energies": "Energies of natural images, of the same images after PGD on the bare "
-    "classifier, and of uniform noise. Where the first two overlap, as in the paper at "
-    "eps = 8/255, no threshold on the energy tells an attack; where they do not, one would.",
+    "classifier, and of uniform noise. Attacked images lie higher, in the paper (eps = 8/255) "
+    "marginally so; where the first two hardly overlap, a threshold on the energy would tell them.",
     "figure4_samples": "The same test images under both energies.",
     "figure4_energies": "Energy along these chains; bands hold 80 % of the images. Chains of a "
     "convergent energy reach one level from natural and from adversarial images, and stay there.",
