@@ -127,7 +127,7 @@ FAR = 2.0  # standard deviations of the energies of persistent chains
 
 
 def convergence(inspected: dict[str, torch.Tensor]) -> str:
-    """Do long chains stay where the chains of training are? Hill et al. (2021), Section 2.2."""
+    """Do long chains stay where the chains of training are? Hill et al. (2021), Section 2."""
     usual = inspected["persistent chains/levels"]
     steps = int(inspected["grid"][-1])
     away = {

@@ -42,7 +42,7 @@ def run(
     made_by = f"`stochsec train-ebm {dataset} {phase}`"
     bank = persistent(state, made_by, hardware, network.shape)
     train, test = (
-        to_net(from_bytes(load_images(images, split, section).images[: max(LEVELS, count)]))
+        to_net(from_bytes(load_images(images, split, section).images[:LEVELS]))
         for split in ("train", "test")
     )
     generator = make_generator(params.seed, dataset, "inspect", device=hardware.device)
@@ -53,7 +53,7 @@ def run(
     )
     starts = dict(zip(STARTS, (test, bank, noise), strict=True))
     levels = {
-        name: energies(network, x[:LEVELS].to(hardware.device), tau=section.tau, batch=LEVELS)
+        name: energies(network, x.to(hardware.device), tau=section.tau, batch=LEVELS)
         for name, x in {"training images": seen, **starts}.items()
     }
 
