@@ -1,24 +1,35 @@
-# `make tables` runs the whole experiment, `make test` checks the code; both set themselves up.
-# PRESET=paper (or any file in presets/) switches params.yaml first. See README.md.
+# `make tables` runs the whole experiment, `make test` checks the code, `make docs` builds site/; all
+# set themselves up. PRESET=paper (or any file in presets/) switches params.yaml first. See README.md.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Bytecode is written when a module is first imported: most of torch never is.
+PIP    := $(BIN)/python -m pip install -q --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: tables test
+.PHONY: tables test docs
 tables: $(VENV)/.installed
 	$(if $(PRESET),$(BIN)/stochsec preset $(PRESET))
 	$(BIN)/dvc repro
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m stages.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-deps "torchattacks>=3.5"
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps "torchattacks>=3.5"
 	touch $@

@@ -1,4 +1,8 @@
-"""Natural training of the classifier: SGD on crops and mirror images. No adversary."""
+"""Training of the classifier: SGD on crops and mirror images, as they are or moved by an adversary.
+
+Natural training is what the defense secures; adversarial training (Madry et al. 2018) is what it is
+compared with. Both are one loop.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from defense.precision import Precision, arithmetic, check_precision
+from defense.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,44 @@ def augment(images: Tensor, config: ClassifierTrainConfig, *, generator: Generat
     return images
 
 
+@dataclass(frozen=True)
+class Adversary:
+    """The inner maximization of adversarial training: PGD from a random point of the ball.
+
+    ``steps`` updates of length ``step_255`` / 255; Madry et al. (2018), equation (2.1).
+    """
+
+    threat: ThreatModel
+    steps: int
+    step_255: float
+
+    def attack(
+        self,
+        classifier: Callable[[Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: Generator,
+    ) -> Tensor:
+        """Pixels x (B,C,S,S) in [0, 1], labels y (B,) -> the same, moved to raise the loss.
+
+        The classifier is in the mode that its user has set.
+        """
+        x_adv = self.threat.random_point(x, generator=generator)
+        for _ in range(self.steps):
+            x_adv.requires_grad_(True)
+            loss = F.cross_entropy(classifier(x_adv), y, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x_adv)
+            x_adv = self.threat.ascend(x_adv.detach(), gradient, self.step_255)
+            x_adv = self.threat.project(x_adv, x)
+        return x_adv
+
+
 class ClassifierTrainer:
     """Trains ``classifier`` in place on pixels (M,C,S,S) in [0, 1] and labels (M,) int64.
 
-    ``compiled`` runs it through torch.compile, which pays in long trainings on a GPU.
+    With an ``adversary`` every batch is attacked before it is learned. ``compiled`` runs the
+    classifier through torch.compile, which pays in long trainings on a GPU.
     """
 
     def __init__(
@@ -79,6 +118,7 @@ class ClassifierTrainer:
         config: ClassifierTrainConfig,
         *,
         generator: Generator,
+        adversary: Adversary | None = None,
         compiled: bool = False,
     ) -> None:
         self.classifier = classifier
@@ -86,6 +126,7 @@ class ClassifierTrainer:
         self.labels = labels
         self.config = config
         self.generator = generator
+        self.adversary = adversary
         self.epochs_done, self.batches_done = 0, 0  # the latter in this epoch
         self.order = torch.arange(len(images), device=generator.device)
         self.total = torch.zeros((), device=images.device)  # of the losses in this epoch
@@ -130,10 +171,15 @@ class ClassifierTrainer:
 
     def step(self, slots: Tensor) -> Tensor:
         """One update with the images at ``slots`` (B,); returns their mean loss, on the device."""
-        batch = augment(self.images[slots], self.config, generator=self.generator)
+        batch, labels = self.images[slots], self.labels[slots]
+        batch = augment(batch, self.config, generator=self.generator)
         batch = batch.contiguous(memory_format=torch.channels_last)
         with arithmetic(self.config.precision, batch.device):
-            loss = F.cross_entropy(self.forward(batch), self.labels[slots])
+            if self.adversary is not None:
+                self.classifier.eval()  # the statistics of a normalization are those of learning
+                batch = self.adversary.attack(self.forward, batch, labels, generator=self.generator)
+                self.classifier.train()
+            loss = F.cross_entropy(self.forward(batch), labels)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         self.optimizer.step()

@@ -4,7 +4,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -22,6 +21,8 @@ def flops(net: nn.Module, x: Tensor, *, weights: bool = False, back: bool = True
 
     Forward, and unless ``back`` is False back again: to the weights, or to the images.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # takes a while, and few need it
+
     net.requires_grad_(weights)
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         out = net(x.detach().requires_grad_(back and not weights))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from defense.eot import EOTDefense
@@ -66,7 +66,7 @@ def clear_verdict(replica_logits: Tensor, y: Tensor, level: float) -> tuple[Tens
     label = y.view(1, -1, 1).expand(count, -1, 1)
     differences = replica_logits - replica_logits.gather(2, label)
     mean, spread = differences.mean(0), differences.std(0) / count**0.5
-    edge = float(student.ppf(1.0 - level / (classes - 1), count - 1)) * spread
+    edge = -float(stdtrit(count - 1, level / (classes - 1))) * spread  # Student's t
     others = torch.ones_like(mean, dtype=torch.bool).scatter(1, y[:, None], False)
     wrong = ((mean > edge) & others).any(1)
     right = ((mean < -edge) | ~others).all(1)

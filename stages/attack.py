@@ -11,7 +11,6 @@ from defense.attack import AttackConfig, AttackRecord, run_attack, run_transfer
 from defense.chain_gradient import has_corners
 from defense.pixels import from_bytes
 from defense.rng import make_generator
-from defense.verdict import Sequential
 from stages import StageError
 from stages.artifacts import AttackResult, Images, load_images
 from stages.classifiers import load_classifier
@@ -19,8 +18,8 @@ from stages.console import Track, said_warnings, say
 from stages.files import fingerprint
 from stages.flags import flags_of
 from stages.hardware import Hardware
-from stages.models import Nets, threat
-from stages.params import NamedAttack, Params
+from stages.models import Nets, sequential, threat
+from stages.params import BARE, NamedAttack, Params
 from stages.resume import Scratch
 
 Evaluate = Callable[[int, Images, Tensor, Tensor, Callable[[int], None]], AttackRecord]
@@ -147,10 +146,10 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
     if attack not in params.attacks():
         raise StageError(f"attack: expected one of {params.attacks()}, got {attack!r}")
     inputs = {"images": files.images, "classifier": files.classifier}
-    if attack == "pgd":
-        evaluate = attack_classifier(params, dataset, hardware, files.classifier)
+    if attack in BARE:
+        evaluate = attack_classifier(params, dataset, attack, hardware, files.classifier)
         size = params.attack.pgd
-        return Plan(size.restarts * (size.steps + 1), inputs, evaluate, {})
+        return Plan(size.restarts * (size.steps + 1), inputs, evaluate, {"learned": BARE[attack]})
     nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
     inputs["energy"] = files.energy
     defense = {
@@ -172,7 +171,9 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
     return Plan(1, inputs, judge, defense)
 
 
-def attack_classifier(params: Params, dataset: str, hardware: Hardware, weights: Path) -> Evaluate:
+def attack_classifier(
+    params: Params, dataset: str, attack: str, hardware: Hardware, weights: Path
+) -> Evaluate:
     """PGD on the bare classifier: surrogate and target are one deterministic network."""
     classifier = load_classifier(params, dataset, hardware, weights)
     size = params.attack.pgd
@@ -188,7 +189,7 @@ def attack_classifier(params: Params, dataset: str, hardware: Hardware, weights:
     def evaluate(
         shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
     ) -> AttackRecord:
-        generator = make_generator(params.seed, dataset, "pgd", shard, device=x.device)
+        generator = make_generator(params.seed, dataset, attack, shard, device=x.device)
         return run_attack(
             classifier, classifier, x, y, config, generator=generator, on_step=on_step
         )
@@ -206,7 +207,7 @@ def configure(params: Params, named: NamedAttack, *, early: bool) -> AttackConfi
         named.stop_at_break,
         rule=named.rule,
         loss=named.loss,
-        sequential=Sequential(**params.attack.sequential.model_dump()),
+        sequential=sequential(params),
         early_verdicts=early,
     )
 
@@ -233,6 +234,32 @@ def attack_defense(nets: Nets, attack: str, named: NamedAttack) -> Evaluate:
     return evaluate
 
 
+def bpda_eot(
+    nets: Nets, defense: tuple[int, int, int], config: AttackConfig, purpose: str, data: Images
+) -> dict[str, Tensor]:
+    """Algorithm 1 of a reduced size, on the defense of (K, H_adv, H_def).
+
+    Who is right when clean, and who survives; both (B,) bool.
+    """
+    steps, surrogate, target = defense
+    device = nets.hardware.device
+    labels = data.labels.to(device)
+    record = run_attack(
+        nets.defense(steps, surrogate, f"{purpose}/surrogate"),
+        nets.defense(steps, target, f"{purpose}/target"),
+        from_bytes(data.images).to(device),
+        labels,
+        config,
+        generator=make_generator(nets.params.seed, nets.dataset, purpose, device=device),
+    )
+    return verdicts(record, labels)
+
+
+def verdicts(record: AttackRecord, labels: Tensor) -> dict[str, Tensor]:
+    """Of a record with labels (B,): who is right when clean, and who survives; both (B,) bool."""
+    return {"natural": record.clean_correct(labels), "robust": record.robust(labels)}
+
+
 def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, path: Path) -> Evaluate:
     """Images of the PGD on the bare classifier, judged by the defense."""
     params = nets.params
@@ -242,7 +269,7 @@ def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, path: Path) ->
         threat(params),
         params.attack.pgd.steps,
         params.attack.step_255,
-        sequential=Sequential(**params.attack.sequential.model_dump()),
+        sequential=sequential(params),
         early_verdicts=params.early_verdicts(attack),
     )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from defense.compiled import bytes_per_image
 from defense.precision import Precision, tensor_cores
-from stages import StageError, figures
+from stages import StageError, figures, style
 from stages.bench_jobs import Job, Work, milliseconds, ours
 from stages.console import Track, say
 from stages.files import write_text
@@ -289,4 +289,4 @@ def write(result: dict[str, Any], out: Path, name: str) -> None:
     rows = table(result).to_markdown(index=False, disable_numparse=True)
     text = f"# Speed\n\nMachine: {about}.\n\n{HOW_TO_READ}\n![Speed]({name}.png)\n\n{rows}\n\n"
     write_text(out / f"{name}.md", f"{text}The machine's own rates:\n\n{limits}\n")
-    figures.save(figures.speed(pd.DataFrame(result["rows"])), out / name)
+    style.save(figures.speed(pd.DataFrame(result["rows"])), out / name)

@@ -7,16 +7,18 @@ import typer
 
 from stages import StageError, console, tools
 from stages.console import say
-from stages.files import Paths, pretrained, reports, write_text
+from stages.files import Paths, classifier_name, pretrained, reports, write_text
 from stages.options import (
     DEFAULT_PARAMS,
     Checkpoint,
     ClassifierFile,
+    ConvergentFile,
     Dataset,
     Device,
     EnergyFile,
     ImagesFile,
     MaxChains,
+    NonconvergentFile,
     Out,
     ParamsFile,
     PGDRecord,
@@ -25,7 +27,7 @@ from stages.options import (
     attack_files,
     checked,
 )
-from stages.params import EVALUATED, TABLE_ATTACKS
+from stages.params import BARE, EVALUATED, MODELS, TABLE_ATTACKS
 
 app = typer.Typer(
     help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
@@ -71,6 +73,9 @@ def prepare_data(
 @app.command()
 def train_classifier(
     dataset: Dataset,
+    learned: Annotated[
+        str, typer.Argument(help="natural, or adversarial: the baseline of Tables 2 and 3.")
+    ] = "natural",
     params_file: ParamsFile = DEFAULT_PARAMS,
     images: ImagesFile = None,
     out: Out = None,
@@ -78,7 +83,7 @@ def train_classifier(
     time_limit: TimeLimit = None,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Train the classifier that is to be secured, naturally. Resumes after a kill."""
+    """Train the classifier that is to be secured, or its baseline. Resumes after a kill."""
     with checked(params_file) as params:
         params.dataset(dataset)
         from stages import train_classifier as stage
@@ -88,10 +93,11 @@ def train_classifier(
         stage.run(
             params,
             dataset,
+            learned,
             Hardware.choose(device, None, time_limit, checkpoint),
             images=images or paths.images,
-            out=out or paths.model("classifier"),
-            history=out.with_suffix(".csv") if out else paths.history("classifier"),
+            out=out or paths.classifier(learned),
+            history=out.with_suffix(".csv") if out else paths.history(classifier_name(learned)),
         )
 
 
@@ -131,6 +137,9 @@ def train_ebm(
             start=start or paths.state(f"ebm_{'smooth_' * phase.startswith('smooth_')}adam"),
             out=out or paths.model(name),
             state_out=out.with_suffix(".state.pt") if out else paths.state(name),
+            snapshots_out=(
+                out.with_suffix(".snapshots.safetensors") if out else paths.snapshots(name)
+            ),
             history=out.with_suffix(".csv") if out else paths.history(name),
         )
 
@@ -141,7 +150,8 @@ def attack(
     attack: Annotated[
         str,
         typer.Argument(
-            help="pgd (on the bare classifier), transfer_K_short, transfer_K (its images against "
+            help="pgd (on the bare classifier), pgd_adversarial (on the adversarially trained "
+            "one), transfer_K_short, transfer_K (its images against "
             "the defense with that many steps), bpda_eot (Algorithm 1), transfer, or a name "
             "under evaluate.attacks in params.yaml."
         ),
@@ -179,7 +189,9 @@ def attack(
             dataset,
             attack,
             Hardware.choose(device, max_chains, time_limit, checkpoint),
-            attack_files(paths, images, classifier, energy, pgd),
+            attack_files(
+                paths, images, classifier, energy, pgd, learned=BARE.get(attack, "natural")
+            ),
             out or (paths.own(f"{attack}.safetensors") if own else paths.record(attack)),
             subset=limits,
             afresh=not resume,
@@ -276,12 +288,8 @@ def compare(
     params_file: ParamsFile = DEFAULT_PARAMS,
     images: ImagesFile = None,
     classifier: ClassifierFile = None,
-    convergent: Annotated[
-        Path | None, typer.Option(help="Energy of phase 2; default ebm_convergent.")
-    ] = None,
-    nonconvergent: Annotated[
-        Path | None, typer.Option(help="Energy of the Adam branch; default ebm_nonconvergent.")
-    ] = None,
+    convergent: ConvergentFile = None,
+    nonconvergent: NonconvergentFile = None,
     pgd: PGDRecord = None,
     out: Out = None,
     device: Device = None,
@@ -301,13 +309,146 @@ def compare(
             dataset,
             Hardware.choose(device, max_chains, time_limit, checkpoint),
             images=images or paths.images,
-            classifier=classifier or paths.model("classifier"),
+            classifier=classifier or paths.classifier(),
             models={
                 "convergent": convergent or paths.model("ebm_convergent"),
                 "nonconvergent": nonconvergent or paths.model("ebm_nonconvergent"),
             },
             pgd=pgd or paths.record("pgd"),
             out=out or paths.record("compare"),
+        )
+
+
+@app.command()
+def sweep(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    classifier: ClassifierFile = None,
+    adversarial: Annotated[
+        Path | None,
+        typer.Option(help="Adversarially trained classifier; default classifier_adversarial."),
+    ] = None,
+    energy: EnergyFile = None,
+    out: Out = None,
+    device: Device = None,
+    max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Attack over the radius in both norms, and over the replicas of attacker and defender."""
+    with checked(params_file) as params:
+        params.dataset(dataset)
+        from stages import sweep as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
+            images=images or paths.images,
+            classifiers={
+                "natural": classifier or paths.classifier(),
+                "adversarial": adversarial or paths.classifier("adversarial"),
+            },
+            energy=energy or paths.model("ebm_convergent"),
+            out=out or paths.record("sweep"),
+        )
+
+
+@app.command()
+def snapshots(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    out: Out = None,
+    device: Device = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Go on with the training's own chains for many steps, under the weights of each moment."""
+    with checked(params_file) as params:
+        params.dataset(dataset)
+        from stages import snapshots as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, None, time_limit, checkpoint),
+            {phase: paths.snapshots(f"ebm_{phase}") for phase in ("adam", *MODELS)},
+            out or paths.record("snapshots"),
+        )
+
+
+@app.command()
+def lyapunov(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    energy: EnergyFile = None,
+    smooth: Annotated[
+        Path | None, typer.Option(help="Smooth energy; default ebm_smooth_convergent.")
+    ] = None,
+    out: Out = None,
+    device: Device = None,
+    max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Measure the maximal Lyapunov exponent of the chain over the strength of its noise."""
+    with checked(params_file) as params:
+        params.dataset(dataset)
+        from stages import lyapunov as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
+            images=images or paths.images,
+            energies={
+                "convergent": energy or paths.model("ebm_convergent"),
+                "smooth_convergent": smooth or paths.model("ebm_smooth_convergent"),
+            },
+            out=out or paths.record("lyapunov"),
+        )
+
+
+@app.command()
+def fid(
+    dataset: Dataset,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+    images: ImagesFile = None,
+    classifier: ClassifierFile = None,
+    convergent: ConvergentFile = None,
+    nonconvergent: NonconvergentFile = None,
+    out: Out = None,
+    device: Device = None,
+    max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Measure the Frechet distance to the training images along chains that start from them."""
+    with checked(params_file) as params:
+        params.dataset(dataset)
+        from stages import fid as stage
+        from stages.hardware import Hardware
+
+        paths = Paths(params.run, dataset)
+        stage.run(
+            params,
+            dataset,
+            Hardware.choose(device, max_chains, time_limit, checkpoint),
+            images=images or paths.images,
+            classifier=classifier or paths.classifier(),
+            models={
+                "convergent": convergent or paths.model("ebm_convergent"),
+                "nonconvergent": nonconvergent or paths.model("ebm_nonconvergent"),
+            },
+            out=out or paths.record("fid"),
         )
 
 
@@ -359,13 +500,14 @@ def diagnose(
     images: ImagesFile = None,
     classifier: ClassifierFile = None,
     energy: EnergyFile = None,
+    pgd: PGDRecord = None,
     out: Out = None,
     device: Device = None,
     max_chains: MaxChains = None,
     time_limit: TimeLimit = None,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Record the spread of the defense's logits over its replicas."""
+    """Record the spread of the defense's logits over its replicas, and one image's whole way."""
     with checked(params_file) as params:
         params.dataset(dataset)
         from stages import diagnose as stage
@@ -377,8 +519,9 @@ def diagnose(
             dataset,
             Hardware.choose(device, max_chains, time_limit, checkpoint),
             images=images or paths.images,
-            classifier=classifier or paths.model("classifier"),
+            classifier=classifier or paths.classifier(),
             energy=energy or paths.model("ebm_convergent"),
+            pgd=pgd or paths.record("pgd"),
             out=out or paths.record("diagnose"),
         )
 

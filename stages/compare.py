@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.attack import AttackConfig, run_attack
+from defense.attack import AttackConfig
 from defense.diagnostics import energies, states_at
 from defense.inference import classify
 from defense.pixels import from_bytes, to_net, to_pixels
 from defense.rng import make_generator
 from stages.artifacts import AttackResult, Images, load_images, save_tensors
+from stages.attack import bpda_eot
 from stages.console import Track, say
 from stages.hardware import Hardware
-from stages.models import Nets, threat
+from stages.models import Nets, sequential, threat
 from stages.params import MODELS, Params
 from stages.resume import Scratch
 
@@ -43,8 +44,9 @@ def run(
     inputs = {"images": images, "classifier": classifier, "pgd": pgd, **models}
 
     def key(p: Params) -> object:
-        data, precision = p.data[dataset], p.langevin.precision
-        return p.seed, dataset, data, p.classifier, p.energy, precision, p.attack, p.compare
+        data, early = p.data[dataset], p.evaluate.early_verdicts
+        nets = p.classifier, p.energy, p.langevin.precision
+        return p.seed, dataset, data, nets, p.attack, p.compare, early
 
     work: list[tuple[str, Piece]] = []
     for model in MODELS:
@@ -70,20 +72,29 @@ def run(
 
 def pieces_of(nets: Nets, model: str, data: Images, adversarial: Tensor) -> list[tuple[str, Piece]]:
     """The work on one energy, shard by shard: (name of the curve, what computes a piece of it)."""
-    compare, size = nets.params.compare, nets.params.attack.shard
+    compare, block = nets.params.compare, nets.params.attack.shard
     work: list[tuple[str, Piece]] = []
     for number, (shard, adv) in enumerate(
-        zip(data.shards(size), adversarial.split(size), strict=True)
+        zip(data.shards(block), adversarial.split(block), strict=True)
     ):
         for images, pixels in (("natural", from_bytes(shard.images)), ("transfer", adv)):
             curve = f"{model}/{images}"
             work.append((curve, partial(along, nets, f"{curve}/{number}", pixels)))
-    count = compare.bpda_eot.images
+    params, size = nets.params, compare.bpda_eot
+    config = AttackConfig(
+        threat(params),
+        size.steps,
+        params.attack.step_255,
+        sequential=sequential(params),
+        early_verdicts=params.evaluate.early_verdicts,
+    )
+    count = size.images
     attacked = Images(data.images[:count], data.labels[:count], data.index[:count])
     for steps in compare.K if count else ():
-        for number, shard in enumerate(attacked.shards(size) if steps else ()):
+        for number, shard in enumerate(attacked.shards(block) if steps else ()):
             curve = f"{model}/bpda_eot/{steps}"
-            work.append((curve, partial(bpda_eot, nets, f"{curve}/{number}", steps, shard)))
+            purpose, defense = f"compare/{curve}/{number}", (steps, size.H_adv, size.H_def)
+            work.append((curve, partial(bpda_eot, nets, defense, config, purpose, shard)))
     return work
 
 
@@ -123,19 +134,3 @@ def along(nets: Nets, purpose: str, pixels: Tensor) -> dict[str, Tensor]:
         "energies": torch.stack(levels),
         "samples": states[:, :SAMPLES],
     }
-
-
-def bpda_eot(nets: Nets, purpose: str, steps: int, data: Images) -> dict[str, Tensor]:
-    """Who is right when clean, and who survives BPDA+EOT; both (B,) bool."""
-    params, device = nets.params, nets.hardware.device
-    size = params.compare.bpda_eot
-    labels, purpose = data.labels.to(device), f"compare/{purpose}"
-    record = run_attack(
-        nets.defense(steps, size.H_adv, f"{purpose}/surrogate"),
-        nets.defense(steps, size.H_def, f"{purpose}/target"),
-        from_bytes(data.images).to(device),
-        labels,
-        AttackConfig(threat(params), size.steps, params.attack.step_255),
-        generator=make_generator(params.seed, nets.dataset, purpose, device=device),
-    )
-    return {"natural": record.clean_correct(labels), "robust": record.robust(labels)}

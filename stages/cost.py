@@ -27,7 +27,18 @@ from stages.classifiers import new_classifier
 from stages.console import say
 from stages.energies import new_energy
 from stages.findings import STARTS
-from stages.params import EVALUATED, INSPECTED, MODELS, PHASES, SMOOTH, NamedAttack, Params
+from stages.params import (
+    BARE,
+    EVALUATED,
+    INSPECTED,
+    LEARNED,
+    MODELS,
+    NORMS,
+    PHASES,
+    SMOOTH,
+    NamedAttack,
+    Params,
+)
 from stages.tables import show
 
 SUSPECT_SHARE = 0.1
@@ -66,6 +77,7 @@ class Work:
     look: int = 0  # logits
     slope: int = 0  # logits with a gradient in the image
     train: int = 0  # logits with a gradient in the weights
+    oppose: int = 0  # logits with a gradient in the image, while training
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -99,7 +111,7 @@ class Cost:
     @property
     def classifier_passes(self) -> int:
         """Images forward; with a gradient they count 3."""
-        return self.work.look + 3 * (self.work.slope + self.work.train)
+        return self.work.look + 3 * (self.work.slope + self.work.train + self.work.oppose)
 
     @property
     def pflop(self) -> float:
@@ -190,6 +202,7 @@ def prices_of(params: Params, dataset: str) -> dict[str, tuple[Timed, int]]:
         "look": (asked, flops(classifier, x, back=False)),
         "slope": (asked, flops(classifier, x)),
         "train": (trained, flops(classifier, x, weights=True)),
+        "oppose": (trained, flops(classifier, x)),
     }
 
 
@@ -198,14 +211,18 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
     ebm, attack, langevin = params.ebm, params.attack, params.langevin
     compared = dataset == params.compare_dataset
     train, test = sizes(params, dataset)
-    yield "train_classifier", params.data[dataset].classifier.epochs * Work(train=train, look=test)
+    data = params.data[dataset]
+    yield "train_classifier", data.classifier.epochs * Work(train=train, look=test)
+    opposed = Work(train=train, look=test, oppose=data.adversarial.steps * train)
+    yield "train_adversarially", data.adversarial.epochs * opposed
     for phase in PHASES:
         if compared or phase in ("adam", "convergent"):
             batches = ebm.adam_batches if phase.endswith("adam") else ebm.sgd_batches
             update = ebm.batch * Work(sample=ebm.steps, learn=2)  # from data and from chains
             yield f"ebm_{phase}", batches * update
     bare = attacked(attack.pgd.steps, attack.pgd.restarts, Work(slope=1), Work(look=1))
-    yield "attack_pgd", attack.pgd.images * bare
+    for name in BARE:
+        yield f"attack_{name}", attack.pgd.images * bare
     for name, steps in (("K", langevin.K), ("K_short", langevin.K_short)):
         both = 2 * attack.transfer.images  # clean and adversarial
         yield f"attack_transfer {name}", both * judged(steps, attack.transfer.replicas)
@@ -217,12 +234,17 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
             yield f"evaluate {phase}", evaluation(params, phase)
         yield "active_test", active_test(params)
         yield "compare", comparison(params)
+        yield "sweep", sweep(params)
+        yield "snapshots", moments(params)
+        yield "lyapunov", pairs(params)
+        yield "fid", drift(params, test)
     inspected = len(STARTS) * params.inspect.chains * Work(chain=params.inspect.long_steps)
     yield f"inspect {INSPECTED[0]}", inspected
     for phase in INSPECTED[1:] if compared else ():
         yield f"inspect_others {phase}", inspected
     screened = params.diagnose.images * judged(langevin.K, langevin.H_adv)
-    yield "diagnose", screened + 2 * judged(langevin.K, params.diagnose.replicas)
+    shown = Work(look=2 * params.diagnose.images) + judged(langevin.K, langevin.H_adv)
+    yield "diagnose", 2 * screened + 2 * judged(langevin.K, params.diagnose.replicas) + shown
 
 
 def sizes(params: Params, dataset: str) -> tuple[int, int]:
@@ -305,6 +327,45 @@ def comparison(params: Params) -> Work:
         surrogate = asked(steps, size.H_adv, "identity", smooth=False)
         work += size.images * attacked(size.steps, 1, surrogate, judged(steps, size.H_def))
     return len(MODELS) * work
+
+
+def sweep(params: Params) -> Work:
+    """Every radius in both norms, on the defense and on two bare classifiers; every H."""
+    section, steps = params.sweep, params.langevin.K
+
+    def one(attacker: int, defender: int) -> Work:
+        surrogate = asked(steps, attacker, "identity", smooth=False)
+        return attacked(section.steps, 1, surrogate, judged(steps, defender))
+
+    bare = attacked(params.attack.pgd.steps, 1, Work(slope=1), Work(look=1))
+    radii = sum(len(section.radii(norm)) for norm in NORMS)
+    work = radii * (one(section.H_adv, section.H_def) + len(LEARNED) * bare)
+    for count in section.attacker_replicas:
+        work += one(count, section.H_def)
+    for count in section.defender_replicas:
+        work += one(section.H_adv, count)
+    return section.images * work
+
+
+def moments(params: Params) -> Work:
+    """The chains of every snapshot, of phase 1 and of both energies that follow it."""
+    section = params.snapshots
+    chains = (1 + len(MODELS)) * section.per_phase * section.chains
+    return chains * Work(chain=section.long_steps)
+
+
+def pairs(params: Params) -> Work:
+    """Two trajectories for each strength, separation and energy."""
+    section = params.lyapunov
+    settings = len(section.eta) * len(section.separations) * len(EVALUATED)
+    return 2 * settings * section.chains * Work(chain=section.burn_in + section.steps)
+
+
+def drift(params: Params, test: int) -> Work:
+    """Chains from training images, and features of all that is compared."""
+    section = params.fid
+    along = len(MODELS) * section.images * Work(chain=max(section.K), look=len(section.K))
+    return along + Work(look=section.images + min(test, section.images))
 
 
 def read_rates(path: Path) -> dict[Timed, float]:

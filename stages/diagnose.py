@@ -6,14 +6,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.diagnostics import safe_and_borderline
-from defense.pixels import from_bytes
-from stages.artifacts import Images, load_images, save_tensors
+from defense.diagnostics import safe_and_borderline, states_at
+from defense.inference import classify
+from defense.pixels import from_bytes, to_net, to_pixels
+from defense.rng import make_generator
+from stages.artifacts import AttackResult, Images, load_images, save_tensors
 from stages.console import say
 from stages.hardware import Hardware
 from stages.models import Nets
 from stages.params import Params
 from stages.resume import Scratch
+
+COPIES = 4  # whose states are kept for the picture of the idea
 
 
 def run(
@@ -24,9 +28,10 @@ def run(
     images: Path,
     classifier: Path,
     energy: Path,
+    pgd: Path,
     out: Path,
 ) -> None:
-    """Replica logits of a safe and a borderline image."""
+    """Replica logits of a safe and a borderline image; one attacked image on its whole way."""
     nets = Nets.load(params, dataset, hardware, classifier=classifier, energy=energy)
     data = load_images(images, "test", params.dataset(dataset), params.diagnose.images)
 
@@ -34,9 +39,12 @@ def run(
         data = p.data[dataset]
         return p.seed, dataset, data, p.langevin, p.diagnose
 
-    inputs = {"images": images, "classifier": classifier, "energy": energy}
+    adversarial = AttackResult.load(pgd).of_pgd(data, pgd)
+    inputs = {"images": images, "classifier": classifier, "energy": energy, "pgd": pgd}
     with Scratch(f"diagnose-{dataset}", params, key, inputs, hardware) as scratch:
         tensors = scratch.piece("logits", partial(logits, nets, data))
+        way = scratch.piece("idea", partial(idea, nets, data, adversarial))
+        tensors |= {f"idea/{name}": value for name, value in way.items()}
         about = {"run": params.run, "dataset": dataset, "K": params.langevin.K}
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
@@ -56,3 +64,47 @@ def logits(nets: Nets, data: Images) -> dict[str, Tensor]:
         "labels": labels[chosen],
         "replica_logits": judge.replica_logits(pixels[chosen]),
     }
+
+
+@torch.no_grad()
+def idea(nets: Nets, data: Images, adversarial: Tensor) -> dict[str, Tensor]:
+    """One PGD image that fools the classifier, H_adv chains from it, their logits.
+
+    Of the images ``adversarial`` (B,C,S,S) it is the one that the defense is surest of.
+    """
+    params, device, batch = nets.params, nets.hardware.device, nets.hardware.max_chains
+    langevin, tau = params.langevin, params.dataset(nets.dataset).tau
+    pixels, labels = from_bytes(data.images).to(device), data.labels.to(device)
+    adversarial = adversarial.to(device)
+    bare = classify(nets.classifier, adversarial, batch=batch)
+    fooled = (bare.argmax(1) != labels).nonzero().flatten()
+    if len(fooled) == 0:  # nothing to be secured from: any image will do
+        fooled = torch.arange(len(labels), device=device)
+    screen = nets.defense(langevin.K, langevin.H_adv, "diagnose/idea")
+    screened = screen.replica_logits(adversarial[fooled])
+    chosen = fooled[safe_and_borderline(screened, labels[fooled])[0]]
+    copies = to_net(adversarial[chosen]).expand(langevin.H_adv, -1, -1, -1)
+    states = states_at(
+        nets.energy,
+        copies,
+        idea_grid(langevin.K),
+        tau=tau,
+        chain=nets.chain(langevin.K),
+        generator=make_generator(params.seed, nets.dataset, "diagnose", "chains", device=device),
+        max_chains=batch,
+    )
+    return {
+        "natural": to_net(pixels[chosen]),
+        "adversarial": to_net(adversarial[chosen]),
+        "label": labels[chosen],
+        "natural_logits": classify(nets.classifier, pixels[chosen][None], batch=1)[0],
+        "adversarial_logits": bare[chosen],
+        "states": states[:, :COPIES],
+        "replica_logits": classify(nets.classifier, to_pixels(states[-1]), batch=batch),
+        "grid": torch.tensor(idea_grid(langevin.K)),
+    }
+
+
+def idea_grid(steps: int) -> list[int]:
+    """Steps at which the picture of the idea shows the chains."""
+    return sorted({0, steps // 6, steps // 3, steps})

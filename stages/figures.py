@@ -1,67 +1,23 @@
-"""The figures: one style, colour-blind safe, PNG and SVG, no date inside."""
+"""The figures of accuracy: over Langevin steps, attacks, radii and replicas; and of speed."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from textwrap import fill
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from defense.diagnostics import mean_logit_draws
-from defense.pixels import to_pixels
 from stages.artifacts import AttackResult
-from stages.files import Whole
 from stages.rows import accuracies
-
-# Okabe & Ito's palette.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-plt.rcParams.update(
-    {
-        "font.size": 8,
-        "axes.titlesize": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "legend.frameon": False,
-        "legend.fontsize": 7.5,
-        "savefig.dpi": 150,
-        "savefig.bbox": "tight",
-        "svg.hashsalt": "stochsec",  # the same figure is the same file
-    }
-)
-CURVES = {
-    "natural": ("natural images", BLUE, "o"),
-    "transfer": ("PGD images of the bare classifier", ORANGE, "s"),
-    "bpda_eot": ("BPDA+EOT", GREEN, "^"),
-}
-TITLES = {"convergent": "convergent (Adam, then SGD)", "nonconvergent": "non-convergent (Adam)"}
-
-
-def save(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
-    """``stem``.png and ``stem``.svg, the same bytes for the same numbers."""
-    for kind in kinds:
-        metadata = {"Software" if kind == "png" else "Date": None}
-        with Whole(stem.with_name(f"{stem.name}.{kind}")) as partial:
-            figure.savefig(partial, format=kind, metadata=metadata)
-
-
-def _figure(
-    rows: int, columns: int, size: tuple[float, float], *, sharey: bool = False
-) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
-    return figure, list(axes.flat)
+from stages.style import BLUE, CURVES, GREEN, GREY, ORANGE, TITLES, panels, steps_axis
 
 
 def over_steps(curve: pd.DataFrame, chosen: int) -> Figure:
     """Figure 4: accuracy over K, convergent and non-convergent side by side."""
-    figure, axes = _figure(1, 2, (8.0, 3.2))
+    figure, axes = panels(1, 2, (8.0, 3.2))
     for ax, (model, title) in zip(axes, TITLES.items(), strict=True):
         for images, (label, colour, marker) in CURVES.items():
             part = curve[(curve.model == model) & (curve.images == images)]
@@ -84,62 +40,9 @@ def over_steps(curve: pd.DataFrame, chosen: int) -> Figure:
             fontsize=8,
         )
         ax.set(title=title, ylim=(0, 1.02), ylabel="accuracy")
-        _steps_axis(ax, sorted(set(curve.K)))
+        steps_axis(ax, sorted(set(curve.K)))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return figure
-
-
-def _steps_axis(ax: Axes, steps: list[int]) -> None:
-    """Langevin steps with a tick at each measured K."""
-    ax.set_xscale("function", functions=(np.sqrt, np.square))
-    ax.set_xticks(steps, [str(k) for k in steps])
-    ax.set(xlabel="Langevin steps K (square-root scale)", xlim=(0, 1.05 * steps[-1]))
-
-
-def energy_over_steps(compared: dict[str, Tensor]) -> Figure:
-    """Mean energy along the chains of Figure 4; the bands hold 80 % of the images."""
-    figure, axes = _figure(1, 2, (8.0, 2.8), sharey=True)
-    steps = compared["K"].numpy()
-    for ax, (model, title) in zip(axes, TITLES.items(), strict=True):
-        start = compared[f"{model}/natural/energies"][0].mean()
-        for images in ("natural", "transfer"):
-            label, colour, marker = CURVES[images]
-            levels = compared[f"{model}/{images}/energies"] - start
-            ax.plot(
-                steps, levels.mean(1), color=colour, marker=marker, ms=4, label=label, clip_on=False
-            )
-            low, high = np.quantile(levels.numpy(), (0.1, 0.9), axis=1)
-            ax.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-        ax.set(title=title, ylabel="U(chain) - mean U(natural)  [nats]")
-        _steps_axis(ax, steps.tolist())
-    axes[0].legend()
-    return figure
-
-
-IMAGES_SHOWN = {"natural images": BLUE, "PGD images": ORANGE, "noise": GREY}
-
-
-def energies_of_images(levels: dict[str, dict[str, Tensor]]) -> Figure:
-    """Figure 7: energies (n,) of natural, adversarial and noise images under each energy."""
-    figure, axes = _figure(1, len(levels), (4.0 * len(levels), 2.6))
-    for ax, (model, values) in zip(axes, levels.items(), strict=True):
-        everything = torch.cat(list(values.values())).numpy()
-        bins = np.linspace(everything.min(), everything.max(), 60).tolist()
-        for name, level in values.items():
-            ax.hist(
-                level.numpy(),
-                bins=bins,
-                density=True,
-                color=IMAGES_SHOWN[name],
-                alpha=0.55,
-                label=f"{name} (n={len(level)})",
-            )
-        natural, adversarial = (values[name] for name in ("natural images", "PGD images"))
-        higher = float((adversarial[:, None] > natural[None, :]).float().mean())
-        ax.set(xlabel="U  [nats]", yticks=[])
-        ax.set_title(f"{TITLES[model]}\na PGD image lies higher than a natural one: {higher:.0%}")
-    axes[0].legend()
     return figure
 
 
@@ -147,10 +50,10 @@ ATTACK_COLOURS = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "k"]
 
 
 def over_attack_steps(results: dict[str, list[AttackResult]]) -> Figure:
-    """Figure 6, over N: the accuracy that each attack has left, one panel an energy."""
-    figure, axes = _figure(1, len(results), (4.2 * len(results), 3.0), sharey=True)
+    """Figure 6, left: the accuracy that each attack has left after N steps, a panel a key."""
+    figure, axes = panels(1, len(results), (4.2 * len(results), 3.0), sharey=True)
     names = list(dict.fromkeys(str(r.about["attack"]) for found in results.values() for r in found))
-    for ax, (energy, found) in zip(axes, results.items(), strict=True):
+    for ax, (title, found) in zip(axes, results.items(), strict=True):
         for result in found:
             name, labels = str(result.about["attack"]), result.images.labels
             steps = range(int(result.about["steps"]) + 1)
@@ -159,9 +62,56 @@ def over_attack_steps(results: dict[str, list[AttackResult]]) -> Figure:
             colour = ATTACK_COLOURS[names.index(name) % len(ATTACK_COLOURS)]
             ax.plot(steps, left, color=colour, label=name.replace("_", " "), drawstyle="steps-post")
         ax.set(ylim=(0, 1.02), xlabel="attack steps N", ylabel="accuracy (Algorithm 1)")
-        ax.set_title(f"{energy.replace('_', ' ')} energy (n={len(found[0].images.labels)})")
-    handles, labels_shown = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels_shown, loc="outside right center")
+        ax.set_title(title)
+        ax.legend()
+    return figure
+
+
+SYSTEMS = {
+    "defense": ("EBM defense, BPDA+EOT", BLUE, "o"),
+    "adversarial": ("adversarially trained classifier, PGD", ORANGE, "s"),
+    "natural": ("bare classifier, PGD", GREY, "x"),
+}
+
+
+def over_radius(curve: pd.DataFrame, usual: tuple[str, float]) -> Figure:
+    """Figure 5: accuracy over the radius in both norms; ``usual`` is that of the other tables."""
+    norms = {"linf": "$l_\\infty$", "l2": "$l_2$"}
+    figure, axes = panels(1, 2, (8.0, 3.2), sharey=True)
+    for ax, (norm, symbol) in zip(axes, norms.items(), strict=True):
+        for who, (label, colour, marker) in SYSTEMS.items():
+            part = curve[(curve.norm == norm) & (curve.system == who)]
+            if part.empty:
+                continue
+            label = f"{label} (N={part.N.max()}, n={part.n.iloc[0]})"
+            ax.plot(part.eps_255, part.accuracy, color=colour, marker=marker, ms=4, label=label)
+            ax.fill_between(part.eps_255, part.low, part.high, color=colour, alpha=0.15, lw=0)
+        if norm == usual[0]:
+            ax.axvline(usual[1], color=GREY, ls=":", lw=1)
+        ax.set(xlabel=f"radius of the {symbol} ball  [1/255 of the pixel range]", ylim=(0, 1.02))
+        ax.set(ylabel="accuracy", title=f"{symbol} attacks", xlim=(0, None))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def over_replicas(curve: pd.DataFrame, usual: dict[str, int]) -> Figure:
+    """Figure 6, right: accuracy over H_adv and over H_def; ``usual`` are those of the tables."""
+    figure, axes = panels(1, 2, (8.0, 2.8), sharey=True)
+    for ax, (side, colour, who) in zip(
+        axes, (("H_adv", ORANGE, "attacker"), ("H_def", BLUE, "defender")), strict=True
+    ):
+        part = curve[curve.side == side]
+        spread = np.abs(np.array([part.low, part.high]) - np.array(part.accuracy))
+        ax.errorbar(part.replicas, part.accuracy, spread, color=colour, marker="o", ms=4, capsize=3)
+        ax.axvline(usual[side], color=GREY, ls=":", lw=1)
+        ax.set_xscale("log")
+        ax.set_xticks(list(part.replicas), [str(count) for count in part.replicas])
+        ax.minorticks_off()
+        first = part.iloc[0]
+        other = f"H_def={first.H_def}" if side == "H_adv" else f"H_adv={first.H_adv}"
+        ax.set(xlabel=f"{side}, replicas of the {who}", ylim=(0, 1.02))
+        ax.set(ylabel="accuracy (Algorithm 1)", title=f"{other}, N={first.N}, n={first.n}")
     return figure
 
 
@@ -176,7 +126,7 @@ FRESH_MARKERS = {
 def evaluation(results: dict[str, list[AttackResult]], draws: int) -> Figure:
     """Accuracy by attack, one panel an energy: Algorithm 1 as bars, fresh noise as markers."""
     longest = max(len(found) for found in results.values())
-    figure, axes = _figure(1, len(results), (4.5 * len(results), 0.33 * longest + 1.4))
+    figure, axes = panels(1, len(results), (4.5 * len(results), 0.33 * longest + 1.4))
     for ax, (energy, found) in zip(axes, results.items(), strict=True):
         scores = [accuracies(result, draws) for result in found]
         places = range(len(found))
@@ -208,7 +158,7 @@ def evaluation(results: dict[str, list[AttackResult]], draws: int) -> Figure:
 
 def logit_histograms(diagnosed: dict[str, Tensor], sizes: Sequence[int]) -> Figure:
     """Figure 3: draws of F_H for a safe and a borderline image, right class against runner-up."""
-    figure, axes = _figure(len(sizes), 2, (7.0, 1.5 * len(sizes) + 0.5))
+    figure, axes = panels(len(sizes), 2, (7.0, 1.5 * len(sizes) + 0.5))
     logits, labels = diagnosed["replica_logits"], diagnosed["labels"].tolist()
     for column, (name, label) in enumerate(zip(("safe", "borderline"), labels, strict=True)):
         mean = logits[:, column].mean(0)
@@ -237,114 +187,6 @@ def logit_histograms(diagnosed: dict[str, Tensor], sizes: Sequence[int]) -> Figu
                 ax.legend()
             if row == len(sizes) - 1:
                 ax.set_xlabel("mean logit (dashed: mean of all replicas)")
-    return figure
-
-
-def _show(ax: Axes, states: Tensor, title: str) -> None:
-    """A row of images, (S,C,H,W) in net range."""
-    pixels = to_pixels(states).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    strip = np.concatenate(
-        [np.pad(image, ((0, 0), (0, 1), (0, 0)), constant_values=1.0) for image in pixels], axis=1
-    )
-    ax.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_axis_off()
-    ax.set_title(title, loc="left", fontsize=8)
-
-
-STARTS_SHOWN = {"test images": BLUE, "persistent chains": GREEN, "noise": ORANGE}
-
-
-def energy_page(
-    history: pd.DataFrame, inspected: dict[str, Tensor], defense: int, verdict: str
-) -> Figure:
-    """Is an energy convergent? Its training, the energies of long chains, and their states.
-
-    ``history``: batch, energy_gap, gradient_norm and phase. ``defense`` is the K of the defense.
-    """
-    grid = inspected["grid"].tolist()
-    strips = [
-        ("test images", inspected["test images/states"][0]),
-        ("persistent chains, as training left them", inspected["persistent chains/states"][0]),
-    ]
-    for i in (grid.index(defense), -1):
-        for start in ("test images", "noise"):
-            said = " (the defense)" if grid[i] == defense else ""
-            title = f"from {start}, after {grid[i]:,} steps{said}"
-            strips.append((title, inspected[f"{start}/states"][i]))
-    figure = Figure(figsize=(9.0, 7.2))
-    figure.text(0.01, 0.99, fill(verdict, 120), fontsize=9, weight="bold", va="top")
-    # Fixed places: a layout that is solved for differs in its last digits from run to run.
-    above = figure.add_gridspec(2, 2, left=0.07, right=0.99, top=0.89, bottom=0.40, hspace=0.5)
-    below = figure.add_gridspec(len(strips) // 2, 2, left=0.01, right=0.99, top=0.31, bottom=0)
-    gap, norm, along, levels = np.ravel(np.asarray(above.subplots()))
-    _training(gap, norm, history)
-    for start, colour in STARTS_SHOWN.items():
-        energies = inspected[f"{start}/energies"].numpy()
-        along.plot(grid, energies.mean(1), color=colour, marker="o", ms=3, label=f"from {start}")
-        low, high = np.quantile(energies, (0.1, 0.9), axis=1)
-        along.fill_between(grid, low, high, color=colour, alpha=0.15, lw=0)
-    along.axvline(defense, color=GREY, ls=":", lw=1)
-    along.set_xscale("symlog", linthresh=grid[1])
-    along.set(xlabel="Langevin steps (dotted: the defense)", ylabel="U  [nats]", xlim=(0, None))
-    along.set_title("energy along chains: one level, from wherever they start")
-    along.legend()
-    kinds = {"training images": GREY, **STARTS_SHOWN}
-    values = {name: inspected[f"{name}/levels"].numpy() for name in kinds}
-    values[f"chains of {grid[-1]:,} steps"] = np.concatenate(
-        [inspected[f"{start}/energies"][-1].numpy() for start in STARTS_SHOWN]
-    )
-    colours = [*kinds.values(), "k"]
-    for (name, level), colour in zip(values.items(), colours, strict=True):
-        if name == "training images":
-            name = "training images, with their noise"
-        level = level[np.isfinite(level)]
-        if len(level) == 0:
-            continue
-        low, high = np.quantile(level, (0.01, 0.99))
-        bins = np.linspace(low, high, 25).tolist()
-        levels.hist(level, bins=bins, density=True, histtype="step", color=colour, label=name)
-    levels.set(xlabel="U  [nats]", yticks=[], title="energies")
-    levels.legend()
-    for ax, (title, states) in zip(np.ravel(np.asarray(below.subplots())), strips, strict=True):
-        _show(ax, states, title)
-    return figure
-
-
-def _training(gap: Axes, norm: Axes, history: pd.DataFrame) -> None:
-    """Energy gap and gradient norm over the batches of all phases, and their running medians."""
-    if history.empty:
-        gap.set_title("energy gap: no history of the training")
-        norm.set_title("gradient norm: no history of the training")
-        return
-    for ax, column, label in (
-        (gap, "energy_gap", "U(data) - U(chains)  [nats]"),
-        (norm, "gradient_norm", "|df/dx|"),
-    ):
-        values = history[column]
-        rows = max(1, len(values) // 15)
-        median = values.rolling(rows, center=True, min_periods=1).median()
-        ax.plot(history["batch"], values, color=BLUE, lw=0.5, alpha=0.3)
-        ax.plot(history["batch"], median, color=BLUE, lw=1.2)
-        for start in history.groupby("phase", sort=False)["batch"].min().iloc[1:]:
-            ax.axvline(start, color=GREY, ls=":", lw=1)
-        ax.set(xlabel="batches of training (dotted: next phase)", ylabel=label)
-        low, high = np.quantile(values, (0.02, 0.98))
-        room = 0.3 * max(high - low, 1e-6)
-        ax.set_ylim(low - room, high + room)
-    gap.axhline(0, color="k", lw=0.8)
-    gap.set_title("energy gap: hovers around 0 when learning is stable")
-    norm.set_title("gradient norm along the training chains: should level off")
-
-
-def two_models(compared: dict[str, Tensor]) -> Figure:
-    """Chains from the same test images under both energies, at four lengths."""
-    steps = compared["K"].tolist()
-    picks = sorted({0, len(steps) // 2, 3 * len(steps) // 4, len(steps) - 1})
-    figure, axes = _figure(len(picks), 2, (9.0, 0.75 * len(picks)))
-    for column, (model, title) in enumerate(TITLES.items()):
-        samples = compared[f"{model}/natural/samples"]
-        for row, i in enumerate(picks):
-            _show(axes[2 * row + column], samples[i], f"{title}, K={steps[i]}")
     return figure
 
 
@@ -388,4 +230,44 @@ def speed(rows: pd.DataFrame) -> Figure:
     ]
     handles = [left.barh(0, 0, color=ENGINE_COLOURS[name], label=name) for name in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(shown))
+    return figure
+
+
+ENGINES_SHOWN = {"compiled": "fast engine", "plain": "plain loop"}
+
+
+def sampling_times(timed: list[dict[str, Any]], machine: str) -> Figure:
+    """Figure 10, right: how long Langevin sampling takes; the rows of `stochsec bench-networks`.
+
+    Milliseconds a step are seconds per 1,000 steps. Bars are medians, their ends quartiles.
+    ``machine`` is named in the title.
+    """
+    rows = pd.DataFrame(timed)
+    figure = Figure(figsize=(7.0, 0.9 + 0.42 * len(rows)), layout="constrained")
+    ax = figure.subplots()
+    names = rows["network"] + "\n" + rows["engine"].map(ENGINES_SHOWN.get)
+    colours = [ENGINE_COLOURS[name] for name in rows["engine"] + " " + rows["precision"]]
+    spread = [rows["ms"] - rows["ms_low"], rows["ms_high"] - rows["ms"]]
+    places = range(len(rows))
+    ax.barh(places, rows["ms"], xerr=spread, color=colours, error_kw={"lw": 0.8, "capsize": 2})
+    for place, row in zip(places, rows.to_dict("records"), strict=True):
+        ax.annotate(
+            f"{row['times_plain']:.3g} x our plain loop, "
+            f"{row['times_fast']:.3g} x our fast engine\n"
+            f"{row['parameters'] / 1e6:.1f}M parameters",
+            (row["ms_high"], place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+        )
+    ax.set_yticks(places, names)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set_xscale("log")
+    first, last = float(rows["ms_low"].min()) / 2, float(rows["ms_high"].max())
+    ax.set_xlim(first, first * (last / first) ** 1.8)  # room for what is written at the bars
+    ax.xaxis.set_major_formatter("{x:,g}")
+    ax.set_xlabel(f"seconds per 1,000 Langevin steps of {rows['batch'].iloc[0]} images (log scale)")
+    ax.set_title(f"{machine}; bars: medians, ends: quartiles")
     return figure

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from stages import StageError
 
+NETWORK_TIMES = Path("reports/bench/networks")
+"""The folder of `stochsec bench-networks`, a file for each kind of device, kept in git."""
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -30,6 +33,10 @@ class Paths:
         """Train and test images with labels."""
         return self.root / f"artifacts/{self.run}/data/{self.dataset}.npz"
 
+    def classifier(self, learned: str = "natural") -> Path:
+        """Weights of the classifier that was trained so."""
+        return self.model(classifier_name(learned))
+
     def model(self, name: str) -> Path:
         """Weights: classifier, or ebm_ and a phase."""
         return self.root / f"artifacts/{self.run}/models/{self.dataset}/{name}.safetensors"
@@ -37,6 +44,12 @@ class Paths:
     def state(self, name: str) -> Path:
         """The state of training (weights, optimizer, bank, generator) that a next phase needs."""
         return self.root / f"artifacts/{self.run}/models/{self.dataset}/{name}.state.pt"
+
+    def snapshots(self, name: str) -> Path:
+        """Weights and chains at some batches of a training, for the picture of it."""
+        return (
+            self.root / f"artifacts/{self.run}/models/{self.dataset}/{name}.snapshots.safetensors"
+        )
 
     def record(self, name: str) -> Path:
         """What a stage measured, as tensors with a description."""
@@ -53,6 +66,11 @@ class Paths:
     def history(self, name: str) -> Path:
         """The curve of a training run."""
         return self.root / f"artifacts/{self.run}/records/{self.dataset}/{name}.csv"
+
+
+def classifier_name(learned: str) -> str:
+    """What the files of a classifier are called."""
+    return "classifier" if learned == "natural" else f"classifier_{learned}"
 
 
 def reports(run: str) -> Path:

@@ -13,6 +13,7 @@ from defense.eot import EOTDefense
 from defense.inference import flops
 from defense.langevin import Chain, LangevinConfig
 from defense.threat import ThreatModel
+from defense.verdict import Sequential
 from defense.written_hessian import written_product
 from stages.classifiers import load_classifier
 from stages.energies import load_energy
@@ -88,3 +89,8 @@ class Nets:
 def threat(params: Params, scale: float = 1.0) -> ThreatModel:
     """The threat model of the experiment; its radius times ``scale``."""
     return ThreatModel(params.attack.norm, params.attack.eps_255 * scale)
+
+
+def sequential(params: Params) -> Sequential:
+    """The test by which a verdict may stop early."""
+    return Sequential(**params.attack.sequential.model_dump())

@@ -65,6 +65,13 @@ EnergyFile = Annotated[
         "--energy", help="Energy weights; default artifacts/RUN/models/DATASET/ebm_convergent."
     ),
 ]
+ConvergentFile = Annotated[
+    Path | None, typer.Option("--convergent", help="Energy of phase 2; default ebm_convergent.")
+]
+NonconvergentFile = Annotated[
+    Path | None,
+    typer.Option("--nonconvergent", help="Energy of the Adam branch; default ebm_nonconvergent."),
+]
 PGDRecord = Annotated[
     Path | None,
     typer.Option(
@@ -118,14 +125,16 @@ def attack_files(
     classifier: Path | None,
     energy: Path | None,
     pgd: Path | None,
+    *,
     phase: str = "convergent",
+    learned: str = "natural",
 ) -> "Files":
     """What was given, and for the rest what the workflow has made."""
     from stages.attack import Files
 
     return Files(
         images=images or paths.images,
-        classifier=classifier or paths.model("classifier"),
+        classifier=classifier or paths.classifier(learned),
         energy=energy or paths.model(f"ebm_{phase}"),
         pgd=pgd or paths.record("pgd"),
     )

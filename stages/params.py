@@ -10,10 +10,13 @@ from stages import StageError
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
-TABLE_ATTACKS = ("pgd", "transfer_K_short", "transfer_K", "bpda_eot")
+BARE = {"pgd": "natural", "pgd_adversarial": "adversarial"}  # PGD on the classifier trained so
+TABLE_ATTACKS = (*BARE, "transfer_K_short", "transfer_K", "bpda_eot")
 TRANSFER = "transfer"  # of every evaluation: the images of the PGD on the bare classifier
 MODELS = ("convergent", "nonconvergent")
 SMOOTH = "smooth_"  # phases that train the energy of energy.smooth_activation
+NORMS: tuple[Literal["linf"], Literal["l2"]] = ("linf", "l2")
+LEARNED = ("natural", "adversarial")  # how a classifier is trained
 PHASES = ("adam", *MODELS, f"{SMOOTH}adam", f"{SMOOTH}convergent")
 EVALUATED = ("convergent", f"{SMOOTH}convergent")
 INSPECTED = ("convergent", "nonconvergent", f"{SMOOTH}convergent")
@@ -27,6 +30,12 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 NAME = r"^[a-z0-9_]+$"
 Name = Annotated[str, Field(pattern=NAME)]
 Activation = Literal["leaky_relu", "smooth_leaky_relu", "silu", "softplus"]
+
+
+def _ascending(name: str, grid: tuple[float, ...]) -> None:
+    """`ValueError` for a grid that does not ascend."""
+    if list(grid) != sorted(set(grid)):
+        raise ValueError(f"{name}: expected ascending numbers, got {list(grid)}")
 
 
 class Section(BaseModel):
@@ -51,6 +60,26 @@ class ClassifierTraining(Section):
     precision: Precision
 
 
+class AdversarialTraining(Section):
+    """The baseline of Madry et al. (2018): PGD in the l_inf ball moves every training batch.
+
+    Batches, momentum, decay, crops and precision are those of natural training.
+    """
+
+    epochs: Count
+    learning_rate: Positive
+    schedule: Literal["step", "one_cycle"]
+    milestones: tuple[Count, ...]
+    warm_up: Fraction
+    eps_255: NotNegative
+    steps: CountOrNone
+    step_255: NotNegative
+
+    def schedule_of_training(self) -> dict[str, Any]:
+        """What differs from natural training but for the adversary."""
+        return self.model_dump(exclude={"eps_255", "steps", "step_255"})
+
+
 class Dataset(Section):
     """What differs between datasets."""
 
@@ -66,6 +95,7 @@ class Dataset(Section):
     adam_lr: Positive
     sgd_lr: Positive
     classifier: ClassifierTraining
+    adversarial: AdversarialTraining
 
 
 class Classifier(Section):
@@ -224,8 +254,73 @@ class Compare(Section):
 
     @model_validator(mode="after")
     def _grid_ascends(self) -> Self:
-        if list(self.K) != sorted(set(self.K)):
-            raise ValueError(f"K: expected ascending numbers, got {list(self.K)}")
+        _ascending("K", self.K)
+        return self
+
+
+class Sweep(Section):
+    """Figures 5 and 6: Algorithm 1 of this size over the radius, and over the replicas."""
+
+    images: Count
+    steps: CountOrNone
+    H_adv: Count
+    H_def: Count
+    linf_255: tuple[Positive, ...]
+    l2_255: tuple[Positive, ...]
+    attacker_replicas: tuple[Count, ...]
+    defender_replicas: tuple[Count, ...]
+
+    def radii(self, norm: Literal["linf", "l2"]) -> tuple[float, ...]:
+        """Those of a norm, in 1/255 of the pixel range."""
+        return self.linf_255 if norm == "linf" else self.l2_255
+
+    @model_validator(mode="after")
+    def _grids_ascend(self) -> Self:
+        for name in ("linf_255", "l2_255", "attacker_replicas", "defender_replicas"):
+            _ascending(name, getattr(self, name))
+        return self
+
+
+class Snapshots(Section):
+    """Figure 2: samples over training."""
+
+    per_phase: Count
+    chains: Count
+    long_steps: Count
+
+
+class Lyapunov(Section):
+    """Figure 8: the maximal Lyapunov exponent over the strength of the noise."""
+
+    eta: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    chains: Count
+    burn_in: Count
+    steps: Count
+    every: Count
+    separations: Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _grid_ascends(self) -> Self:
+        _ascending("eta", self.eta)
+        _ascending("separations", self.separations)
+        for name, steps in (("burn_in", self.burn_in), ("steps", self.steps)):
+            if steps % self.every:
+                raise ValueError(
+                    f"{name}: expected a multiple of every = {self.every}, got {steps}"
+                )
+        return self
+
+
+class FID(Section):
+    """Figure 9: Frechet distance to the training images along chains from them."""
+
+    K: Annotated[tuple[CountOrNone, ...], Field(min_length=1)]
+    images: Annotated[int, Field(ge=2, strict=True)]
+    features: Literal["auto", "inception", "classifier"]
+
+    @model_validator(mode="after")
+    def _grid_ascends(self) -> Self:
+        _ascending("K", self.K)
         return self
 
 
@@ -259,6 +354,10 @@ class Params(Section):
     attack: Attack
     evaluate: Evaluate
     compare: Compare
+    sweep: Sweep
+    snapshots: Snapshots
+    lyapunov: Lyapunov
+    fid: FID
     inspect: Inspect
     diagnose: Diagnose
     _origin: Path = PrivateAttr(default=Path("params.yaml"))
@@ -284,6 +383,7 @@ class Params(Section):
             ("attack.transfer.images", self.attack.transfer.images, pgd),
             ("evaluate.images", self.evaluate.images, pgd),
             ("compare.images", self.compare.images, pgd),
+            ("diagnose.images", self.diagnose.images, pgd),
             ("compare.bpda_eot.images", self.compare.bpda_eot.images, compared),
             ("evaluate.draws", self.evaluate.draws, drawn),
             ("diagnose.H", max(self.diagnose.H), ("diagnose.replicas", self.diagnose.replicas)),
@@ -345,7 +445,7 @@ class Params(Section):
     def images(self, attack: str) -> int:
         """How many test images an attack is run on."""
         section = self.attack
-        sizes = {"pgd": section.pgd.images, "bpda_eot": section.bpda_eot.images}
+        sizes = dict.fromkeys(BARE, section.pgd.images) | {"bpda_eot": section.bpda_eot.images}
         if attack in TABLE_ATTACKS:
             return sizes.get(attack, section.transfer.images)
         return self.evaluate.images
@@ -373,15 +473,34 @@ class Params(Section):
             shown |= {"stop_at_break": named.stop_at_break}
             if named.gradient == "smoothed":
                 shown["softness"] = self.evaluate.softness
-        elif attack != "pgd":
+        elif attack not in BARE:
             steps = langevin.K_short if attack == "transfer_K_short" else langevin.K
             table = attack in TABLE_ATTACKS
             shown |= {"K": steps, "H_def": section.transfer.replicas if table else langevin.H_def}
-        if attack != "pgd":
+        if attack not in BARE:
             shown["precision"] = langevin.precision
             shown |= {f"sequential_{k}": v for k, v in section.sequential.model_dump().items()}
             shown["early_verdicts"] = self.early_verdicts(attack)
         return shown
+
+    def sweep_conditions(self) -> dict[str, object]:
+        """What the sweep depends on: stated in its record, checked by the report."""
+        attack = self.attack
+        return {
+            **self.sweep.model_dump(),
+            "K": self.langevin.K,
+            "precision": self.langevin.precision,
+            "step_share": self.step_share,
+            "norm": attack.norm,
+            "eps_255": attack.eps_255,
+            "pgd_steps": attack.pgd.steps,
+            "early_verdicts": self.evaluate.early_verdicts,
+        }
+
+    @property
+    def step_share(self) -> float:
+        """Length of an attack's step in radii (alpha / eps); the paper's where there is none."""
+        return self.attack.step_255 / self.attack.eps_255 if self.attack.eps_255 else 0.25
 
     def reloaded(self) -> "Params":
         """The file that these parameters came from, as it is now."""

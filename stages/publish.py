@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from defense.energy import ConvEnergy
-from stages import StageError, figures, presets, rows
+from stages import StageError, pictures, presets, rows, style
 from stages.artifacts import AttackResult, about_of, load_tensors
 from stages.console import say
 from stages.files import Paths, WholeFolder, fingerprint, readable, write_text
@@ -105,8 +105,8 @@ def card(params: Params, paths: Paths, phase: str, out: Path, shown: Path) -> st
     if inspected is not None:
         facts["long chains"] = verdict = convergence(inspected)
         history = rows.training(paths, phase)
-        page = figures.energy_page(history, inspected, params.langevin.K, f"{name}: {verdict}")
-        figures.save(page, out / name, kinds=("png",))
+        page = pictures.energy_page(history, inspected, params.langevin.K, f"{name}: {verdict}")
+        style.save(page, out / name, kinds=("png",))
         picture = f"![Training, long chains and samples of {name}]({name}.png)\n"
     for label, accuracy in defended(params, paths, phase).items():
         facts[label] = accuracy

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from defense.pixels import from_bytes
 from defense.threat import ThreatModel
-from stages import StageError, figures, page, provenance, rows, tables
-from stages.artifacts import AttackResult, load_tensors
+from stages import StageError, figures, page, pictures, provenance, rows, style, tables
+from stages.artifacts import AttackResult, about_of, load_tensors
+from stages.captions import CAPTIONS
 from stages.console import say
-from stages.files import Paths, WholeFolder, write_text
+from stages.files import NETWORK_TIMES, Paths, WholeFolder, write_text
 from stages.findings import active_test, convergence, findings, verification
-from stages.params import EVALUATED, INSPECTED, MODELS, TABLE_ATTACKS, TRANSFER, Params
+from stages.params import BARE, EVALUATED, INSPECTED, MODELS, TABLE_ATTACKS, TRANSFER, Params
 
 
 def run(params: Params, out: Path, root: Path = Path()) -> None:
@@ -51,13 +52,13 @@ def write(params: Params, out: Path, root: Path) -> None:
     if compared is not None:
         curve = rows.accuracy_over_steps(finite(compared, "compare"), params)
         rows.write(curve, out / "accuracy_over_steps.csv")
-        rows.write(rows.curves(curve), out / "curves.csv")
+        rows.write(rows.curves(curve), out / "plots/K.csv")
         metrics |= rows.lost_at_longest(curve)
-        figures.save(figures.over_steps(curve, params.langevin.K), out / "figures/figure4_accuracy")
-        figures.save(figures.two_models(compared), out / "figures/figure4_samples")
-        figures.save(figures.energy_over_steps(compared), out / "figures/figure4_energies")
+        style.save(figures.over_steps(curve, params.langevin.K), out / "figures/figure4_accuracy")
+        style.save(pictures.two_models(compared), out / "figures/figure4_samples")
+        style.save(pictures.energy_over_steps(compared), out / "figures/figure4_energies")
         if levels := energies_of_images(compared, compared_paths):
-            figures.save(figures.energies_of_images(levels), out / "figures/figure7_energies")
+            style.save(pictures.energies_of_images(levels), out / "figures/figure7_energies")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], out)
 
@@ -76,11 +77,17 @@ def write(params: Params, out: Path, root: Path) -> None:
     if planted is not None:
         said.append(f"convergent: {active_test(finite(planted, 'active_test'), tested.attack)}")
     if evaluations:
-        figures.save(figures.evaluation(evaluations, draws), out / "figures/evaluation")
-        searched = {energy: stepping(some, usual) for energy, some in evaluations.items()}
-        figures.save(figures.over_attack_steps(searched), out / "figures/figure6_steps")
+        style.save(figures.evaluation(evaluations, draws), out / "figures/evaluation")
+    over_steps(results, evaluations, params, out)
+    swept(params, compared_paths, out)
+    dynamics(params, compared_paths, out / "figures")
+    for path in sorted(NETWORK_TIMES.glob("*.json")):
+        measured_there = json.loads(path.read_text())
+        machine = ", ".join(f"{key} {value}" for key, value in measured_there["machine"].items())
+        figure = figures.sampling_times(measured_there["rows"], machine)
+        style.save(figure, out / f"figures/figure10_{path.stem}")
     for dataset in params.datasets:
-        said += pictures(params, Paths(params.run, dataset, root), out / "figures")
+        said += of_dataset(params, Paths(params.run, dataset, root), out / "figures")
     tables.write_attacks(every, draws, said, out)
     for finding in said:
         say(finding)
@@ -92,6 +99,63 @@ def write(params: Params, out: Path, root: Path) -> None:
 def found(records: Iterable[AttackResult | None]) -> list[AttackResult]:
     """Those that are there."""
     return [record for record in records if record is not None]
+
+
+def over_steps(
+    results: list[AttackResult],
+    evaluations: dict[str, list[AttackResult]],
+    params: Params,
+    out: Path,
+) -> None:
+    """Figure 6, left: what the attacks of Tables 1-3 and of the evaluations leave after N steps."""
+    compared, searching = params.compare_dataset, ("bpda_eot", *BARE)
+    tabled = [r for r in results if r.about["dataset"] == compared]
+    panels = {"Tables 1-3": [r for r in tabled if r.about["attack"] in searching]}
+    for energy, some in evaluations.items():
+        found = stepping(some, params.attack.eps_255)
+        title = f"{energy.replace('_', ' ')} energy (n={params.evaluate.images})"
+        panels |= {title: found}
+    panels = {title: found for title, found in panels.items() if found}
+    if panels:
+        style.save(figures.over_attack_steps(panels), out / "figures/figure6_steps")
+        rows.write(rows.over_attack_steps(next(iter(panels.values()))), out / "plots/N.csv")
+
+
+def swept(params: Params, paths: Paths, out: Path) -> None:
+    """Figure 5, and 6, right: over the radius, and over the replicas of both sides."""
+    tensors = record(paths.record("sweep"), params.sweep_conditions())
+    if tensors is None:
+        return
+    over_radius, over_replicas = rows.swept(tensors, params)
+    attack, langevin = params.attack, params.langevin
+    if len(over_radius):
+        rows.write(over_radius, out / "accuracy_over_radius.csv")
+        figure = figures.over_radius(over_radius, (attack.norm, attack.eps_255))
+        style.save(figure, out / "figures/figure5_radius")
+        for norm, part in over_radius.groupby("norm"):
+            rows.write(rows.wide(part, "eps_255", "system"), out / f"plots/eps_{norm}.csv")
+    if len(over_replicas):
+        rows.write(over_replicas, out / "accuracy_over_replicas.csv")
+        usual = {"H_adv": langevin.H_adv, "H_def": langevin.H_def}
+        style.save(figures.over_replicas(over_replicas, usual), out / "figures/figure6_replicas")
+
+
+def dynamics(params: Params, paths: Paths, out: Path) -> None:
+    """Figures 2, 8 and 9: samples over training, chaos over the noise, distance from the data."""
+    seen = record(paths.record("snapshots"), params.snapshots.model_dump())
+    if seen is not None:
+        figure = pictures.over_training(finite(seen, "snapshots"), params.snapshots.long_steps)
+        style.save(figure, out / "figure2_training")
+    exponents = record(paths.record("lyapunov"), params.lyapunov.model_dump())
+    if exponents is not None:
+        steps = params.lyapunov.burn_in + params.lyapunov.steps
+        figure = pictures.order_and_chaos(exponents, params.lyapunov.separations, steps)
+        style.save(figure, out / "figure8_lyapunov")
+    distances = record(paths.record("fid"), params.fid.model_dump())
+    if distances is not None:
+        about = about_of(paths.record("fid"))
+        figure = pictures.distance_from_data(finite(distances, "fid"), about, params.langevin.K)
+        style.save(figure, out / "figure9_distance")
 
 
 def stepping(results: list[AttackResult], usual: float) -> list[AttackResult]:
@@ -113,20 +177,22 @@ def energies_of_images(compared: dict[str, Tensor], paths: Paths) -> dict[str, d
     return levels
 
 
-def pictures(params: Params, paths: Paths, out: Path) -> list[str]:
+def of_dataset(params: Params, paths: Paths, out: Path) -> list[str]:
     """The figures of one dataset; what its energies' long chains say."""
     said, steps = [], {"K": params.langevin.K}
     diagnosed = record(paths.record("diagnose"), steps)
     if diagnosed is not None:
         histogram = figures.logit_histograms(finite(diagnosed, "diagnose"), params.diagnose.H)
-        figures.save(histogram, out / f"figure3_logits_{paths.dataset}")
+        style.save(histogram, out / f"figure3_logits_{paths.dataset}")
+        way = {n.removeprefix("idea/"): t for n, t in diagnosed.items() if n.startswith("idea/")}
+        style.save(pictures.idea(way), out / f"figure1_idea_{paths.dataset}")
     for phase in INSPECTED:
         inspected = record(paths.record(f"inspect_{phase}"), steps)
         if inspected is not None:
             verdict = f"Energy of {paths.dataset}, {phase}: {convergence(inspected)}"
             history = rows.training(paths, phase)
-            page = figures.energy_page(history, inspected, params.langevin.K, verdict)
-            figures.save(page, out / f"energy_{paths.dataset}_{phase}")
+            energy_page = pictures.energy_page(history, inspected, params.langevin.K, verdict)
+            style.save(energy_page, out / f"energy_{paths.dataset}_{phase}")
             said.append(verdict)
     return said
 
@@ -135,31 +201,6 @@ def evaluation(params: Params, folder: Path) -> list[AttackResult]:
     """The records of all attacks on the defense with one energy, in the order of params.yaml."""
     names = (TRANSFER, *params.evaluate.attacks)
     return found(judged(folder / f"{name}.safetensors", params, name) for name in names)
-
-
-CAPTIONS = {
-    "evaluation": "Every attack on the defense, with a piecewise linear and a smooth energy: "
-    "Algorithm 1's accuracy with its 95 % interval, and what fresh noise makes of the saved "
-    "images. What gradients through the chain take from the accuracy under BPDA (identity) is what "
-    "BPDA did not see.",
-    "energy_*": "One energy: its training, the energies along long chains from three starts, the "
-    "energies of images and chains, samples. Convergent means that long chains come to one level, "
-    "that of the persistent chains and of the (noisy) training images, and still look like data.",
-    "figure3_logits_*": "Mean logits over H replicas, drawn again and again, for an image that the "
-    "defense gets right safely and one that it barely gets right. Where the two classes overlap, a "
-    "verdict from so few replicas is partly chance.",
-    "figure4_accuracy": "Accuracy over the length of the chain, with 95 % Wilson intervals. Does "
-    "accuracy on natural images survive long chains? At K=0 there is no defense, and BPDA+EOT is "
-    "not run.",
-    "figure6_steps": "What each attack leaves after so many steps. A curve that still falls at its "
-    "end says that more steps would break more images.",
-    "figure7_energies": "Energies of natural images, of the same images after PGD on the bare "
-    "classifier, and of uniform noise. Attacked images lie higher, in the paper (eps = 8/255) "
-    "marginally so; where the first two hardly overlap, a threshold on the energy would tell them.",
-    "figure4_samples": "The same test images under both energies.",
-    "figure4_energies": "Energy along these chains; bands hold 80 % of the images. Chains of a "
-    "convergent energy reach one level from natural and from adversarial images, and stay there.",
-}
 
 
 def captions(out: Path) -> str:

@@ -16,7 +16,7 @@ from stages.artifacts import AttackResult, Images, about_of, load_images, load_t
 from stages.console import say
 from stages.files import Paths, Whole, WholeFolder, fingerprint, readable, reports
 from stages.hardware import Hardware
-from stages.params import MODELS, NAME, Params, load_params
+from stages.params import NAME, PHASES, Params, load_params
 from stages.provenance import IMPORTED, as_yaml, here
 
 MANIFEST, PARAMS = "manifest.json", "params.yaml"
@@ -25,12 +25,12 @@ MANIFEST, PARAMS = "manifest.json", "params.yaml"
 def pack(params: Params, hardware: Hardware, out: Path) -> None:
     """Records, histories and energies of a run in one file, with the hash of each.
 
-    Classifiers, images and training states are too large to travel with every result: the records
-    have the hashes of those that they were made of.
+    Classifiers, images, training states and snapshots are too large to travel with every result:
+    the records have the hashes of those that they were made of.
     """
     root = Path(f"artifacts/{params.run}")
-    kinds = ("records/**/*.safetensors", "records/**/*.csv", "models/*/ebm_*.safetensors")
-    files = sorted(path for kind in kinds for path in root.glob(kind))
+    found = sorted(path for kind in ("records", "models") for path in root.glob(f"{kind}/**/*"))
+    files = [path for path in found if belongs(PurePosixPath(path.relative_to(root)))]
     if not any(path.is_relative_to(root / "records") for path in files):
         raise StageError(f"{root / 'records'}: no records to export")
     contents = {str(path.relative_to(root)): path.read_bytes() for path in files}
@@ -127,12 +127,13 @@ def extract(path: Path, root: Path) -> dict[str, Any]:
 
 
 def belongs(name: PurePosixPath) -> bool:
-    """Whether `pack` would pack a file of that name."""
+    """Whether `pack` packs a file of that name."""
     if name.is_absolute() or ".." in name.parts:
         return False
     if name.parts[0] == "records":
         return name.suffix in (".safetensors", ".csv")
-    return len(name.parts) == 3 and name.match("models/*/ebm_*.safetensors")
+    energy = name.match("models/*/ebm_*.safetensors") and not name.match("*.snapshots.*")
+    return len(name.parts) == 3 and energy
 
 
 def check_records(params: Params, theirs: Path) -> None:
@@ -160,7 +161,7 @@ def check_records(params: Params, theirs: Path) -> None:
 def check_energies(name: Path, about: dict[str, Any], models: Path) -> None:
     """The energies that a record says it was made with, against those of the archive."""
     stated = dict(about.get("files", {}))
-    named = {role: hashed for role, hashed in stated.items() if role in MODELS}
+    named = {role: hashed for role, hashed in stated.items() if role in PHASES}
     phase = about.get("energy", about.get("phase"))
     if phase and "energy" in stated:
         named[str(phase)] = stated["energy"]

@@ -10,7 +10,7 @@ import torch
 from defense.verdict import METRICS, is_right, scores
 from stages.artifacts import AttackResult
 from stages.files import Paths, write_text
-from stages.params import MODELS, SMOOTH, TABLE_ATTACKS, Params
+from stages.params import BARE, MODELS, NORMS, SMOOTH, TABLE_ATTACKS, Params
 
 Z95 = 1.959963984540054
 
@@ -73,8 +73,9 @@ def accuracies(result: AttackResult, draws: int) -> dict[str, Accuracy]:
 
 
 def energy_of(about: dict[str, object]) -> str:
-    """The energy of a record's defense; "-" for the bare classifier."""
-    return str(about.get("energy", "-"))
+    """The energy of a record's defense; for a classifier by itself, how it was trained."""
+    trained = BARE.get(str(about.get("attack")), "natural")
+    return str(about.get("energy", "-" if trained == "natural" else f"- ({trained} training)"))
 
 
 CONDITIONS = ("K", "H_adv", "H_def", "norm", "eps_255", "step_255", "steps", "restarts", "rule")
@@ -136,12 +137,70 @@ def accuracy_over_steps(compared: dict[str, torch.Tensor], params: Params) -> pd
     )
 
 
+def swept(tensors: dict[str, torch.Tensor], params: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Figures 5 and 6 as rows: over the radius (norm, eps_255, system), and over the replicas.
+
+    At radius 0 stands the accuracy on the same natural images.
+    """
+    section, pgd = params.sweep, params.attack.pgd
+    over_radius: list[dict[str, object]] = []
+    for norm in NORMS:
+        for system, updates in (
+            ("defense", section.steps),
+            ("adversarial", pgd.steps),
+            ("natural", pgd.steps),
+        ):
+            grid = [0.0, *section.radii(norm)] if section.radii(norm) else []
+            for radius in grid:
+                place = f"{norm}/{radius or grid[1]:g}/{system}"
+                right = tensors[f"{place}/{'robust' if radius else 'natural'}"]
+                place_of = {"norm": norm, "eps_255": radius, "system": system, "N": updates}
+                over_radius.append({**place_of, **_numbers(count(right))})
+    over_replicas: list[dict[str, object]] = []
+    for side, replicas in (
+        ("H_adv", section.attacker_replicas),
+        ("H_def", section.defender_replicas),
+    ):
+        for number in replicas:
+            right = tensors[f"{side}/{number}/defense/robust"]
+            row: dict[str, object] = {"side": side, "replicas": number, "N": section.steps}
+            row |= _numbers(count(right))
+            row |= {"H_adv": section.H_adv, "H_def": section.H_def, side: number}
+            over_replicas.append(row)
+    return pd.DataFrame(over_radius), pd.DataFrame(over_replicas)
+
+
+def _numbers(accuracy: Accuracy) -> dict[str, object]:
+    """Value, interval and n, as columns."""
+    low, high = accuracy.interval
+    value = {"accuracy": round(accuracy.value, 4)}
+    return {**value, "low": round(low, 4), "high": round(high, 4), "n": accuracy.n}
+
+
+def over_attack_steps(results: list[AttackResult]) -> pd.DataFrame:
+    """Accuracy after N steps with one column an attack, for `dvc plots`.
+
+    An attack that has ended keeps its last value.
+    """
+    longest = max(int(result.about["steps"]) for result in results)
+    columns = {
+        str(result.about["attack"]): [
+            round(float(result.record.robust(result.images.labels, steps=n).float().mean()), 4)
+            for n in range(longest + 1)
+        ]
+        for result in results
+    }
+    return pd.DataFrame({"N": range(longest + 1), **columns})
+
+
+def wide(curve: pd.DataFrame, x: str, name: str) -> pd.DataFrame:
+    """Accuracies with one column for each value of ``name``, for `dvc plots`."""
+    return curve.pivot_table(index=x, columns=name, values="accuracy").reset_index()
+
+
 def curves(curve: pd.DataFrame) -> pd.DataFrame:
-    """The same accuracies with one column a curve, for `dvc plots`."""
-    named = curve.assign(curve=curve.model + " " + curve.images)
-    wide = named.pivot_table(index="K", columns="curve", values="accuracy").reset_index()
-    wide.columns = [str(name).replace(" ", "_") for name in wide.columns]
-    return wide
+    """Figure 4's accuracies with one column a curve, for `dvc plots`."""
+    return wide(curve.assign(curve=curve.model + "_" + curve.images), "K", "curve")
 
 
 def summarise(params: Params, rows: pd.DataFrame) -> dict[str, object]:
@@ -157,6 +216,8 @@ def summarise(params: Params, rows: pd.DataFrame) -> dict[str, object]:
 SUMMARY = {
     "bare_natural": ("pgd", "natural"),
     "bare_pgd": ("pgd", "adversarial"),
+    "adversarially_trained_natural": ("pgd_adversarial", "natural"),
+    "adversarially_trained_pgd": ("pgd_adversarial", "adversarial"),
     "defended_natural": ("transfer_K", "natural"),
     "defended_transfer": ("transfer_K", "adversarial"),
     "defended_bpda_eot": ("bpda_eot", "adversarial"),

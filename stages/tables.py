@@ -14,6 +14,7 @@ from stages.rows import Accuracy, accuracies, energy_of
 PUBLISHED = Path(__file__).parent / "published.csv"
 FULL_SCALE = {1: ("cifar10",), 2: ("cifar10",), 3: ("svhn", "cifar100")}
 NOT_RUN = "not run"
+MADRY = "Madry et al. 2018"
 EMPTY = "-"  # the source gives no number
 
 
@@ -39,15 +40,19 @@ def cell(rows: pd.DataFrame, dataset: str, attack: str, metric: str) -> str:
 
 
 def summary_table(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> str:
-    """Five numbers a dataset, beside the paper's for CIFAR-10; the README shows this table."""
+    """Seven numbers a dataset, beside the paper's for CIFAR-10; the README shows this table."""
     paper = published[published.system == "Hill et al. 2021"].set_index("table")
     first, second = (paper.loc[table].to_dict() for table in ("1", "2"))
+    madry = published[(published.system == MADRY) & (published.table == "2")].iloc[0]
+    trained = "adversarially trained classifier (Madry et al.)"
     lines = {
         "bare classifier, natural images": ("pgd", "natural", first["base_natural"]),
         "bare classifier, PGD": ("pgd", "adversarial", first["base_adversarial"]),
         "defense, natural images": ("transfer_K", "natural", first["natural"]),
         "defense, the same PGD images": ("transfer_K", "adversarial", first["adversarial"]),
         "defense, BPDA+EOT (Algorithm 1)": ("bpda_eot", "adversarial", second["adversarial"]),
+        f"{trained}, natural images": ("pgd_adversarial", "natural", madry.natural),
+        f"{trained}, PGD": ("pgd_adversarial", "adversarial", madry.adversarial),
     }
     table = pd.DataFrame(
         [
@@ -126,14 +131,19 @@ def _whitebox_table(
         for _, row in published[published.table == str(table)].iterrows()
     ]
     for dataset in measured_datasets(params, table):
-        cells = [cell(rows, dataset, "bpda_eot", m) for m in ("natural", "adversarial")]
-        source = "measured" if any(text != NOT_RUN for text in cells) else NOT_RUN
-        lines.append(["Ours", dataset, "Natural", "Langevin", "BPDA+EOT", source, *cells])
-    size, langevin = params.attack.bpda_eot, params.langevin
+        for name, learned, transformation, attack, record in (
+            ("Ours", "Natural", "Langevin", "BPDA+EOT", "bpda_eot"),
+            (f"{MADRY}, ours", "Adversarial", EMPTY, "PGD", "pgd_adversarial"),
+        ):
+            cells = [cell(rows, dataset, record, m) for m in ("natural", "adversarial")]
+            source = "measured" if any(text != NOT_RUN for text in cells) else NOT_RUN
+            lines.append([name, dataset, learned, transformation, attack, source, *cells])
+    size, langevin, pgd = params.attack.bpda_eot, params.langevin, params.attack.pgd
     caption = (
         f"Table {table}. Defense against whitebox attacks. Ours: Algorithm 1 with {_threat(params)}"
         f"; K={langevin.K}, N={size.steps}, {size.restarts} start(s), H_adv={langevin.H_adv}, "
-        f"H_def={langevin.H_def}. {_published_note()}"
+        f"H_def={langevin.H_def}. {MADRY}, ours: trained by this workflow in the l_inf ball, with "
+        f"the same network; PGD with N={pgd.steps}, {pgd.restarts} start(s). {_published_note()}"
     )
     names = ["Defense", "Dataset", "f(x) train ims.", "T(x)", "Attack", "Source", "Nat.", "Adv."]
     return pd.DataFrame(lines, columns=names), caption
@@ -241,6 +251,6 @@ def show(table: pd.DataFrame, caption: str) -> None:
     for name in table.columns:
         shown.add_column(str(name))
     for line in table.itertuples(index=False):
-        ours = line[0] == "Ours"
+        ours = str(line[0]).casefold().endswith("ours")
         shown.add_row(*map(str, line), style="bold" if ours else "")
     console.print(shown)

@@ -7,7 +7,7 @@ import typer
 
 from stages import FAILED, StageError, presets
 from stages.console import say
-from stages.files import Paths, write_text
+from stages.files import NETWORK_TIMES, Paths, write_text
 from stages.options import (
     DEFAULT_PARAMS,
     ClassifierFile,
@@ -76,6 +76,24 @@ def bench_attack(
             block=block,
             out=out,
         )
+
+
+@app.command()
+def bench_networks(
+    out: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Folder for the numbers; the report draws the default."),
+    ] = NETWORK_TIMES,
+    rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 7,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are sampled together.")] = 100,
+    device: Device = None,
+) -> None:
+    """Time Langevin steps of the paper's energy against networks of IGEBM's and JEM's size."""
+    with mendable():
+        from stages import bench_networks as stage
+        from stages.hardware import Hardware
+
+        stage.run(Hardware.choose(device), rounds, out, batch=batch)
 
 
 @app.command()

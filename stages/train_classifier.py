@@ -1,40 +1,63 @@
-"""Stage 2: the naturally trained classifier that is to be secured."""
+"""Stage 2: the naturally trained classifier that is to be secured, and its baseline.
 
+The baseline is trained adversarially (Madry et al. 2018), as in Tables 2 and 3, with the same
+network and in the same loop.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer
+from defense.classifier_training import Adversary, ClassifierTrainConfig, ClassifierTrainer
 from defense.inference import classify, freeze
 from defense.pixels import from_bytes
 from defense.rng import make_generator
+from defense.threat import ThreatModel
+from stages import StageError
 from stages.artifacts import load_images, load_state, save_state, save_weights
 from stages.classifiers import new_classifier
 from stages.console import Track, detail, say
 from stages.files import write_csv
 from stages.hardware import Hardware
-from stages.params import Params
+from stages.params import LEARNED, Params
 from stages.resume import Scratch, Stopwatch
 
 COMPILED_BATCHES = 5000  # from so many on a GPU, torch.compile gains more than its minute
 
 
 def run(
-    params: Params, dataset: str, hardware: Hardware, *, images: Path, out: Path, history: Path
+    params: Params,
+    dataset: str,
+    learned: str,
+    hardware: Hardware,
+    *,
+    images: Path,
+    out: Path,
+    history: Path,
 ) -> None:
     """Train on the training images; write weights and the curve of loss and accuracy."""
+    if learned not in LEARNED:
+        raise StageError(f"learned: expected one of {list(LEARNED)}, got {learned!r}")
     section = params.dataset(dataset)
     train, test = (load_images(images, split, section) for split in ("train", "test"))
     device = hardware.device
     torch.manual_seed(params.seed)  # weight initialization takes no generator
     classifier = new_classifier(params, dataset).to(device)
     config = ClassifierTrainConfig(**section.classifier.model_dump())
+    adversary, name = None, f"classifier {dataset}"
+    if learned == "adversarial":
+        opponent, name = section.adversarial, f"{name} adversarial"
+        threat = ThreatModel("linf", opponent.eps_255)
+        adversary = Adversary(threat, opponent.steps, opponent.step_255)
+        config = replace(config, **opponent.schedule_of_training())
     trainer = ClassifierTrainer(
         classifier,
         from_bytes(train.images).to(device),
         train.labels.to(device),
         config,
         generator=make_generator(params.seed, "classifier", dataset, device=device),
+        adversary=adversary,
         compiled=worth_compiling(config, len(train.images), device),
     )
     test_images, test_labels = from_bytes(test.images).to(device), test.labels.to(device)
@@ -45,13 +68,11 @@ def run(
         return float((logits.argmax(1) == test_labels).float().mean())
 
     def key(p: Params) -> object:
-        return p.seed, dataset, p.classifier, p.data[dataset]
+        return p.seed, dataset, learned, p.classifier, p.data[dataset]
 
     rows: list[tuple[int, float, float]] = []
-    epochs = section.classifier.epochs
-    with Scratch(
-        f"train-classifier-{dataset}", params, key, {"images": images}, hardware
-    ) as scratch:
+    scratch_name = f"train-classifier-{dataset}-{learned}"
+    with Scratch(scratch_name, params, key, {"images": images}, hardware) as scratch:
         checkpoint = scratch.folder / "checkpoint.pt"
         if checkpoint.exists():
             state = load_state(checkpoint, "", device)
@@ -59,9 +80,7 @@ def run(
             trainer.load_state_dict(state)
         saved, watch = Stopwatch(), ""
         done = trainer.epochs_done * trainer.batches + trainer.batches_done
-        with Track(
-            f"classifier {dataset}", epochs * trainer.batches, unit="batches", done=done
-        ) as track:
+        with Track(name, config.epochs * trainer.batches, unit="batches", done=done) as track:
 
             def on_batch() -> None:
                 track.advance(watch=watch)
@@ -70,14 +89,14 @@ def run(
                     save_state(checkpoint, {**trainer.state_dict(), "rows": rows})
                     scratch.check()
 
-            while trainer.epochs_done < epochs:
+            while trainer.epochs_done < config.epochs:
                 loss = trainer.epoch(on_batch)
                 rows.append((trainer.epochs_done, loss, accuracy()))
                 watch = f"loss {loss:.3f}  test accuracy {rows[-1][2]:.4f}"
         write_csv(history, ("epoch", "loss", "test_accuracy"), rows)
         save_weights(out, freeze(classifier))
         scratch.done()
-    say(f"classifier {dataset}: test accuracy {rows[-1][2]:.4f} (n={len(test_labels)})")
+    say(f"{name}: test accuracy {rows[-1][2]:.4f} (n={len(test_labels)})")
 
 
 def worth_compiling(config: ClassifierTrainConfig, images: int, device: torch.device) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from defense.bank import CompactBank
 from defense.ebm_training import EBMTrainConfig, EBMTrainer
@@ -17,7 +18,7 @@ from defense.langevin import LangevinConfig
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import load_images, load_state, save_state, save_weights
+from stages.artifacts import load_images, load_state, save_state, save_tensors, save_weights
 from stages.console import Track, say
 from stages.energies import new_energy
 from stages.engine import choose_chain
@@ -39,6 +40,7 @@ def run(
     start: Path,
     out: Path,
     state_out: Path,
+    snapshots_out: Path,
     history: Path,
 ) -> None:
     """Train one phase; ``start`` is the state that phase 1 left (unused by phase 1 itself)."""
@@ -52,14 +54,16 @@ def run(
     total = params.ebm.adam_batches if first else params.ebm.sgd_batches
 
     def key(p: Params) -> object:
-        return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset]
+        return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset], p.snapshots
 
     rows: list[tuple[int, float, float]] = []
+    snapshots: dict[str, Tensor] = {}
+    due = snapshot_batches(total, params.snapshots.per_phase)
     with Scratch(f"train-ebm-{dataset}-{phase}", params, key, inputs, hardware) as scratch:
         checkpoint = scratch.folder / "checkpoint.pt"
         if checkpoint.exists():
             state = load_state(checkpoint, "", hardware.device)
-            rows = state.pop("rows")
+            rows, snapshots = state.pop("rows"), state.pop("snapshots")
             restore(trainer, state, checkpoint)
         saved = Stopwatch()
         what = f"ebm {dataset} {phase}"
@@ -76,13 +80,18 @@ def run(
                         )
                     rows.append((trainer.batches_done, gap, norm))
                     track.advance(ROW_EVERY, f"energy gap {gap:+.2f}  gradient norm {norm:.3f}")
+                if trainer.batches_done in due:
+                    snapshots |= snapshot(trainer, params.snapshots.chains)
                 if saved.due() or scratch.stopping:
-                    save_state(checkpoint, {**trainer.state_dict(), "rows": rows})
+                    more = {"rows": rows, "snapshots": snapshots}
+                    save_state(checkpoint, {**trainer.state_dict(), **more})
                     scratch.check()
         write_csv(history, ("batch", "energy_gap", "gradient_norm"), rows)
         tau = trainer.config.langevin.tau
         save_weights(out, trainer.energy, dataset=dataset, phase=phase, tau=tau)
         save_state(state_out, trainer.state_dict())
+        about = {"dataset": dataset, "phase": phase, "tau": tau, "batches": sorted(due)}
+        save_tensors(snapshots_out, snapshots, about)
         scratch.done()
     late = [gap for _, gap, _ in rows[-20:]]
     if late:
@@ -115,6 +124,19 @@ def make_trainer(
     )
     chain = choose_chain(energy, params.ebm.steps, params.ebm.precision, hardware)
     return EBMTrainer(energy, data, bank, config, generator=generator, chain=chain)
+
+
+def snapshot_batches(total: int, count: int) -> set[int]:
+    """The batches after which a phase is looked at: evenly spaced, its last one included."""
+    return {max(1, total * i // count) for i in range(1, count + 1)}
+
+
+def snapshot(trainer: EBMTrainer, chains: int) -> dict[str, Tensor]:
+    """Weights and the first persistent chains (n,C,S,S) as they are, named after the batch."""
+    slots = torch.arange(min(chains, len(trainer.bank)), device=trainer.images.device)
+    kept = {"chains": trainer.bank.read(slots)}
+    kept |= {f"energy/{name}": value for name, value in trainer.energy.state_dict().items()}
+    return {f"{trainer.batches_done}/{name}": value.cpu().clone() for name, value in kept.items()}
 
 
 def phase_before(phase: str) -> str:

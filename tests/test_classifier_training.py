@@ -7,10 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defense.attack import AttackConfig, run_attack
 from defense.classifier import WideResNet
-from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer, augment
+from defense.classifier_training import (
+    Adversary,
+    ClassifierTrainConfig,
+    ClassifierTrainer,
+    augment,
+)
 from defense.energy import count_parameters
 from defense.inference import classify, freeze
+from defense.rng import make_generator
+from defense.threat import ThreatModel
+from tests.digits_model import split, trained_classifier
 
 
 def make_config(**changes) -> ClassifierTrainConfig:
@@ -314,3 +323,130 @@ def test_an_epoch_updates_the_batch_statistics_of_a_network_at_rest(make_trainer
     trainer.epoch()
     after = trainer.classifier.state_dict()
     assert not any(torch.equal(after[name], value) for name, value in before.items())
+
+
+def make_adversary(norm: str = "linf", steps: int = 3) -> Adversary:
+    return Adversary(ThreatModel(norm, 40.0), steps=steps, step_255=20.0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_adversary_raises_the_loss_within_the_ball(
+    tiny_classifier, images, seeded, norm: str
+) -> None:
+    labels = torch.arange(5) % 3
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(tiny_classifier(x), labels, reduction="none")
+
+    adversary = make_adversary(norm, steps=6)
+    moved = adversary.attack(tiny_classifier, images, labels, generator=seeded())
+    start = adversary.threat.random_point(images, generator=seeded())
+    assert adversary.threat.distance(moved, images).max() <= 40 / 255 + 1e-6
+    assert moved.min() >= 0
+    assert moved.max() <= 1
+    assert loss(moved).mean() > loss(start).mean()
+    assert not moved.requires_grad
+
+
+def test_the_adversary_steps_as_madry_et_al_write_it(tiny_classifier, images, seeded) -> None:
+    """By hand: the sign of the gradient of each image's own loss, clamped to ball and box."""
+    labels = torch.arange(5) % 3
+    x_adv = (images + 40 / 255 * (2 * torch.rand(images.shape, generator=seeded()) - 1)).clamp(0, 1)
+    for _ in range(3):
+        x_adv.requires_grad_(True)
+        loss = F.cross_entropy(tiny_classifier(x_adv), labels)
+        (gradient,) = torch.autograd.grad(loss, x_adv)
+        x_adv = x_adv.detach() + 20 / 255 * gradient.sign()
+        x_adv = x_adv.clamp(images - 40 / 255, images + 40 / 255).clamp(0, 1)
+    moved = make_adversary().attack(tiny_classifier, images, labels, generator=seeded())
+    torch.testing.assert_close(moved, x_adv)
+
+
+class Seen(nn.Module):
+    """Writes down what it is given, and in which mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.training_batches: list[Tensor] = []
+        self.evaluated = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.training_batches.append(x.detach().clone())
+        else:
+            self.evaluated += 1
+        return self.layer(x.flatten(1))
+
+
+def test_only_what_the_adversary_made_is_learned(seeded) -> None:
+    x = torch.rand(6, 1, 8, 8, generator=seeded(1))
+    y = torch.arange(6) % 10
+    torch.manual_seed(0)
+    network = Seen()
+    adversary = make_adversary(steps=4)
+    trainer = ClassifierTrainer(
+        network, x, y, make_config(batch=6), generator=seeded(2), adversary=adversary
+    )
+    trainer.step(torch.arange(6))
+    (learned,) = network.training_batches
+    distance = adversary.threat.distance(learned, x)
+    assert network.evaluated == 4, "the steps of the attack, in evaluation mode"
+    assert network.training
+    assert (distance > 30 / 255).all()
+    assert (distance <= 40 / 255 + 1e-6).all()
+
+
+def test_an_adversarial_training_goes_on_as_if_never_stopped(seeded) -> None:
+    x = torch.rand(20, 1, 8, 8, generator=seeded(1))
+    y = torch.arange(20) % 10
+
+    def trainer() -> ClassifierTrainer:
+        torch.manual_seed(0)
+        network = WideResNet(depth=10, width=1, classes=10, channels=1)
+        config = make_config(epochs=2)
+        return ClassifierTrainer(
+            network, x, y, config, generator=seeded(3), adversary=make_adversary()
+        )
+
+    whole, first, second = trainer(), trainer(), trainer()
+    for _ in range(2):
+        whole.epoch()
+    first.epoch()
+    saved = io.BytesIO()
+    torch.save(first.state_dict(), saved)
+    saved.seek(0)
+    second.load_state_dict(torch.load(saved))
+    second.epoch()
+    for name, value in whole.classifier.state_dict().items():
+        assert torch.equal(value, second.classifier.state_dict()[name]), name
+
+
+def test_adversarial_training_makes_digits_robust_that_natural_training_leaves_bare() -> None:
+    images, labels = split("test")
+    threat = ThreatModel("linf", 48)
+    torch.manual_seed(0)
+    hardened = WideResNet(depth=10, width=1, classes=10, channels=1)
+    trainer = ClassifierTrainer(
+        hardened,
+        *split("train"),
+        make_config(epochs=5, batch=64, learning_rate=0.2, schedule="one_cycle", warm_up=0.3),
+        generator=make_generator(0, "hardened"),
+        adversary=Adversary(threat, steps=5, step_255=16),
+    )
+    for _ in range(5):
+        trainer.epoch()
+    x, y = images[:150], labels[:150]
+    robust = {}
+    for name, network in (("bare", trained_classifier()), ("hardened", freeze(hardened))):
+        record = run_attack(
+            network,
+            network,
+            x,
+            y,
+            AttackConfig(threat, steps=10, step_255=12),
+            generator=make_generator(0, "attack"),
+        )
+        robust[name] = float(record.robust(y).float().mean())
+    assert robust["bare"] < 0.1
+    assert robust["hardened"] > 0.4

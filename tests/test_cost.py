@@ -32,12 +32,14 @@ from tests.tiny import tiny_params
 ROOT = Path(__file__).parent.parent
 STEPS = {
     "train_classifier": 0,
+    "train_adversarially": 0,
     "ebm_adam": 20 * 20 * 3,
     "ebm_convergent": 20 * 20 * 3,
     "ebm_nonconvergent": 20 * 20 * 3,
     "ebm_smooth_adam": 20 * 20 * 3,
     "ebm_smooth_convergent": 20 * 20 * 3,
     "attack_pgd": 0,
+    "attack_pgd_adversarial": 0,
     "attack_transfer K": 2 * 10 * 3 * 4,
     "attack_transfer K_short": 2 * 10 * 3 * 2,
     # Two restarts of three iterates; the target at both ends and on one suspect.
@@ -49,20 +51,31 @@ STEPS = {
     "active_test": 3 * ((3 * 20 + 102 * 5) * 4 + 24 + 60),
     # The grid's end; two iterates and three verdicts at K = 3 and 6; two energies.
     "compare": 2 * (2 * 10 * 2 * 6 + 4 * (2 * 2 + 3 * 3) * (3 + 6)),
+    # Three iterates and three verdicts at three radii, then with other replicas on either side.
+    "sweep": 6 * 4 * 3 * (3 * (2 + 3) + (1 + 3) + (3 + 3) + (2 + 1) + (2 + 4)),
+    "snapshots": 3 * 2 * 5 * 20,
+    # Pairs of chains; two strengths, two separations, two energies.
+    "lyapunov": 2 * 2 * 2 * 2 * 4 * (10 + 20),
+    "fid": 2 * 40 * 8,
     "inspect convergent": 3 * 6 * 40,
     "inspect_others nonconvergent": 3 * 6 * 40,
     "inspect_others smooth_convergent": 3 * 6 * 40,
-    "diagnose": 12 * 2 * 4 + 2 * 20 * 4,
+    "diagnose": 2 * 12 * 2 * 4 + 2 * 20 * 4 + 2 * 4,
 }
 PASSES = {
     "train_classifier": 2 * (3 * 1297 + 500),
+    "train_adversarially": 3 * 1297 + 500 + 3 * 2 * 1297,
     "ebm_adam": 0,
+    "attack_pgd_adversarial": 12 * (4 * 3 + 3),
     "attack_pgd": 12 * (4 * 3 + 3),
     "attack_transfer K": 2 * 10 * 3,
     "attack_bpda_eot": 8 * (6 * 2 * 4 + 3 * 5),  # forward once more on the way back
     "active_test": 3 * (3 * 20 + 102 * 5 + 2 + 3 * 2 * 4 + 3 * 5),
     "compare": 2 * (2 * 10 * 2 * 3 + 2 * 4 * (2 * 2 * 4 + 3 * 3)),
-    "diagnose": 12 * 2 + 2 * 20,
+    # Two bare classifiers at three radii; what the surrogate says has a gradient.
+    "sweep": 6 * (3 * 2 * (4 * 3 + 3) + 3 * 4 * (3 * 2 + 1 + 3 + 2 + 2) + 3 * (3 * 5 + 1 + 4)),
+    "fid": 2 * 40 * 3 + 40 + 40,
+    "diagnose": 2 * 12 * 2 + 2 * 20 + 2 * 12 + 2,
 }
 
 

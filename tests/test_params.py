@@ -53,6 +53,9 @@ def test_the_h100_preset_is_the_papers_but_for_what_it_says_is_reduced() -> None
         "run",
         *training,
         "data.classifier.precision",
+        *(f"data.adversarial.{n}" for n in ("epochs", "learning_rate", "schedule", "warm_up")),
+        "data.adversarial.steps",
+        "data.adversarial.step_255",
         "ebm.adam_batches",
         "ebm.sgd_batches",
         "attack.shard",
@@ -67,6 +70,12 @@ def test_the_h100_preset_is_the_papers_but_for_what_it_says_is_reduced() -> None
         "compare.replicas",
         "compare.bpda_eot.images",
         "compare.bpda_eot.H_def",
+        *(f"sweep.{name}" for name in yaml.safe_load(presets.text("paper"))["sweep"]),
+        "snapshots.long_steps",
+        "lyapunov.burn_in",
+        "lyapunov.steps",
+        "fid.K",
+        "fid.images",
         "inspect.chains",
     }
 

@@ -60,6 +60,7 @@ def test_what_is_missing_or_older_than_what_it_reads_is_done(folder: Path) -> No
     assert undone - ended == {
         "evaluate digits convergent",
         "compare digits",
+        "fid digits",
         "inspect digits nonconvergent",
     }
 
@@ -140,6 +141,8 @@ NEED_A_CLASSIFIER = {
     "active-test",
     "compare",
     "diagnose",
+    "fid",
+    "sweep",
     "report",
     "publish",
 }

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from typer.testing import CliRunner, Result
 
 from stages import presets
 from stages.cli import app
+from stages.files import NETWORK_TIMES
+
+ROOT = Path(__file__).parent.parent
 
 
 def named(rule: str, gradient: str, **others: Any) -> dict[str, Any]:
@@ -61,6 +65,26 @@ TINY: dict[str, Any] = {
         "replicas": 2,
         "bpda_eot": {"images": 4, "steps": 1, "H_adv": 2, "H_def": 3},
     },
+    "sweep": {
+        "images": 6,
+        "steps": 2,
+        "H_adv": 2,
+        "H_def": 3,
+        "linf_255": [24, 48],
+        "l2_255": [200],
+        "attacker_replicas": [1, 3],
+        "defender_replicas": [1, 4],
+    },
+    "snapshots": {"per_phase": 2, "chains": 5, "long_steps": 20},
+    "lyapunov": {
+        "eta": [0.5, 1.0],
+        "chains": 4,
+        "burn_in": 10,
+        "steps": 20,
+        "every": 5,
+        "separations": [0.01, 0.1],
+    },
+    "fid": {"K": [0, 4, 8], "images": 40, "features": "classifier"},
     "inspect": {"chains": 6, "long_steps": 40},
     "diagnose": {"images": 12, "replicas": 20, "H": [1, 5]},
 }
@@ -70,6 +94,7 @@ def tiny_params() -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load(presets.text("digits"))
     values |= copy.deepcopy(TINY)
     values["data"]["digits"]["classifier"] |= {"epochs": 2, "milestones": [1]}
+    values["data"]["digits"]["adversarial"] |= {"epochs": 1, "milestones": [1], "steps": 2}
     return values
 
 
@@ -81,12 +106,14 @@ STAGES = [
     "check-params",
     "prepare-data digits",
     "train-classifier digits",
+    "train-classifier digits adversarial",
     "train-ebm digits adam",
     "train-ebm digits convergent",
     "train-ebm digits nonconvergent",
     "train-ebm digits smooth_adam",
     "train-ebm digits smooth_convergent",
     "attack digits pgd",
+    "attack digits pgd_adversarial",
     "attack digits transfer_K_short",
     "attack digits transfer_K",
     "attack digits bpda_eot",
@@ -94,6 +121,10 @@ STAGES = [
     "evaluate digits smooth_convergent",
     "active-test digits",
     "compare digits",
+    "sweep digits",
+    "snapshots digits",
+    "lyapunov digits",
+    "fid digits",
     "inspect digits",
     "inspect digits nonconvergent",
     "inspect digits smooth_convergent",
@@ -110,6 +141,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     Path("params.yaml").write_text(yaml.safe_dump(tiny_params()))
+    shutil.copytree(ROOT / NETWORK_TIMES, NETWORK_TIMES)
     for words in STAGES:
         result = command(words)
         assert result.exit_code == 0, f"{words}: {result.output}"

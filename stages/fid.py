@@ -1,0 +1,120 @@
+"""How far chains drift from the data: Frechet distance over K (Hill et al. 2021, Figure 9)."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from defense.diagnostics import states_at
+from defense.energy import ConvEnergy
+from defense.frechet import (
+    FeatureFn,
+    classifier_features,
+    frechet_distance,
+    inception_features,
+    inception_weights,
+)
+from defense.pixels import from_bytes, to_net, to_pixels
+from defense.rng import make_generator
+from stages import StageError
+from stages.artifacts import load_images, save_tensors
+from stages.classifiers import load_classifier
+from stages.console import Track, say
+from stages.energies import load_energy
+from stages.engine import choose_chain
+from stages.hardware import Hardware
+from stages.params import MODELS, Params
+from stages.resume import Scratch
+
+
+def run(
+    params: Params,
+    dataset: str,
+    hardware: Hardware,
+    *,
+    images: Path,
+    classifier: Path,
+    models: dict[str, Path],
+    out: Path,
+) -> None:
+    """Chains from training images under each energy, measured against these images."""
+    section, data = params.fid, params.dataset(dataset)
+    train = from_bytes(load_images(images, "train", data, section.images).images)
+    test = from_bytes(load_images(images, "test", data).images[: section.images])
+    kind, features = extractor(params, dataset, hardware, classifier)
+    there = features(train.to(hardware.device))
+    tensors: dict[str, Tensor] = {
+        "K": torch.tensor(section.K),
+        "test": torch.tensor(frechet_distance(features(test.to(hardware.device)), there)),
+    }
+
+    def key(p: Params) -> object:
+        return p.seed, dataset, kind, p.data[dataset].tau, p.langevin.precision, p.fid
+
+    inputs = {"images": images, "classifier": classifier, **models}
+    with (
+        Scratch(f"fid-{dataset}", params, key, inputs, hardware) as scratch,
+        Track(f"fid {dataset}", len(MODELS), unit="energies") as track,
+    ):
+        for model in MODELS:
+            network = load_energy(params, dataset, hardware, models[model])
+            work = partial(along, params, dataset, hardware, network, model, train, features, there)
+            tensors[model] = scratch.piece(model, work)["distances"]
+            track.advance(watch=f"{model} {float(tensors[model][-1]):.1f}")
+        about = {"run": params.run, "dataset": dataset, **section.model_dump()}
+        about |= {"measured_with": kind, "test_images": len(test)}
+        save_tensors(out, tensors, {**about, **scratch.about()})
+        scratch.done()
+    for model in MODELS:
+        curve = zip(section.K, tensors[model].tolist(), strict=True)
+        said = "  ".join(f"{K}: {distance:.2f}" for K, distance in curve)
+        say(f"fid {dataset} {model}, Frechet distance in features of {kind} over K: {said}")
+
+
+def extractor(
+    params: Params, dataset: str, hardware: Hardware, classifier: Path
+) -> tuple[str, FeatureFn]:
+    """What the features are of, inception or classifier, and the function that gives them."""
+    asked, batch = params.fid.features, hardware.max_chains
+    weights = inception_weights() if asked != "classifier" else None
+    try:
+        if weights:
+            return "inception", inception_features(weights, device=hardware.device, batch=batch)
+        if asked == "inception":
+            raise StageError(
+                "fid.features: inception needs the package torch-fidelity and the weights that it "
+                "downloads into torch hub's folder; or take features classifier"
+            )
+        network = load_classifier(params, dataset, hardware, classifier)
+        return "classifier", classifier_features(network, batch=batch)
+    except ValueError as error:
+        raise StageError(f"fid: {error}") from None
+
+
+def along(
+    params: Params,
+    dataset: str,
+    hardware: Hardware,
+    network: ConvEnergy,
+    model: str,
+    train: Tensor,
+    features: FeatureFn,
+    there: Tensor,
+) -> dict[str, Tensor]:
+    """Frechet distances (K,) of chains from pixels ``train`` (M,C,S,S) to features ``there``."""
+    steps = params.fid.K
+    states = states_at(
+        network,
+        to_net(train).to(hardware.device),
+        steps,
+        tau=params.dataset(dataset).tau,
+        chain=choose_chain(network, max(steps), params.langevin.precision, hardware),
+        generator=make_generator(params.seed, dataset, "fid", model, device=hardware.device),
+        max_chains=hardware.max_chains,
+    )
+    try:
+        distances = [frechet_distance(features(to_pixels(state)), there) for state in states]
+    except ValueError as error:  # of chains that diverge
+        raise StageError(f"fid: {model}: {error}") from None
+    return {"distances": torch.tensor(distances)}

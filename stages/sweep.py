@@ -1,0 +1,129 @@
+"""Accuracy over the radius, and over the replicas of both sides (Hill et al. 2021, Figures 5, 6).
+
+The radius is swept in both norms, for the defense (BPDA+EOT) and for the bare and the adversarially
+trained classifier (PGD); the replicas of the attacker and of the defender at the usual radius.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from defense.attack import AttackConfig, run_attack
+from defense.pixels import from_bytes
+from defense.rng import make_generator
+from defense.threat import ThreatModel
+from stages.artifacts import Images, load_images, save_tensors
+from stages.attack import bpda_eot, verdicts
+from stages.classifiers import load_classifier
+from stages.console import Track, say
+from stages.hardware import Hardware
+from stages.models import Nets, sequential, threat
+from stages.params import LEARNED, NORMS, Params
+from stages.resume import Scratch
+
+Attack = Callable[[str, Images], dict[str, Tensor]]
+"""(purpose of its noise, images) -> who is right when clean, and who survives."""
+
+DEFENSE = "defense"
+
+
+def run(
+    params: Params,
+    dataset: str,
+    hardware: Hardware,
+    *,
+    images: Path,
+    classifiers: dict[str, Path],
+    energy: Path,
+    out: Path,
+) -> None:
+    """Attack the same test images in every setting; ``classifiers`` by how they were trained."""
+    section = params.sweep
+    data = load_images(images, "test", params.dataset(dataset), section.images)
+    nets = Nets.load(params, dataset, hardware, classifier=classifiers["natural"], energy=energy)
+    bare = {
+        learned: load_classifier(params, dataset, hardware, classifiers[learned])
+        for learned in LEARNED
+    }
+    inputs = {"images": images, "energy": energy, **classifiers}
+
+    def key(p: Params) -> object:
+        return p.seed, dataset, p.data[dataset], p.attack, p.sweep_conditions()
+
+    settings, shards = settings_of(nets, bare), data.shards(params.attack.shard)
+    found: dict[str, list[dict[str, Tensor]]] = {setting: [] for setting in settings}
+    with (
+        Scratch(f"sweep-{dataset}", params, key, inputs, hardware) as scratch,
+        Track(f"sweep {dataset}", len(settings) * len(shards), unit="attacks") as track,
+    ):
+        for setting, attack in settings.items():
+            for number, shard in enumerate(shards):
+                name = f"{setting}/{number}"
+                work = partial(attack, f"sweep/{name}", shard)
+                found[setting].append(scratch.piece(name.replace("/", "-"), work))
+                track.advance(watch=setting)
+        tensors = {
+            f"{setting}/{name}": torch.cat([part[name] for part in parts])
+            for setting, parts in found.items()
+            for name in parts[0]
+        }
+        about = {"run": params.run, "dataset": dataset, **params.sweep_conditions()}
+        about |= {"energy": energy.stem.removeprefix("ebm_")}
+        save_tensors(out, tensors, {**about, **scratch.about()})
+        scratch.done()
+    for setting in settings:
+        if setting.endswith(DEFENSE):
+            robust = float(tensors[f"{setting}/robust"].float().mean())
+            say(f"sweep {dataset}: {setting} {robust:.3f} (n={section.images})")
+
+
+def settings_of(nets: Nets, bare: dict[str, nn.Module]) -> dict[str, Attack]:
+    """The attacks by setting: NORM/RADIUS/WHO, then H_adv/NUMBER/defense, H_def/NUMBER/defense."""
+    params, section = nets.params, nets.params.sweep
+    steps, pgd_steps = section.steps, params.attack.pgd.steps
+    early = params.evaluate.early_verdicts
+    usual = (params.langevin.K, section.H_adv, section.H_def)
+    settings: dict[str, Attack] = {}
+    for norm in NORMS:
+        for radius in section.radii(norm):
+            ball = ThreatModel(norm, radius)
+            for learned, network in bare.items():
+                config = configure(params, ball, pgd_steps, early=False)
+                settings[f"{norm}/{radius:g}/{learned}"] = partial(pgd, nets, network, config)
+            config = configure(params, ball, steps, early=early)
+            settings[f"{norm}/{radius:g}/{DEFENSE}"] = partial(bpda_eot, nets, usual, config)
+    for name, sooner, grid in (
+        ("H_adv", early, [(usual[0], count, usual[2]) for count in section.attacker_replicas]),
+        ("H_def", False, [(*usual[:2], count) for count in section.defender_replicas]),
+    ):
+        config = configure(params, threat(params), steps, early=sooner)
+        for sizes in grid:
+            count = sizes[1] if name == "H_adv" else sizes[2]
+            settings[f"{name}/{count}/{DEFENSE}"] = partial(bpda_eot, nets, sizes, config)
+    return settings
+
+
+def configure(params: Params, ball: ThreatModel, steps: int, *, early: bool) -> AttackConfig:
+    """PGD in a ball, its step the same share of the radius as in Tables 1-3."""
+    return AttackConfig(
+        ball,
+        steps,
+        params.step_share * ball.eps_255,
+        sequential=sequential(params),
+        early_verdicts=early,
+    )
+
+
+def pgd(
+    nets: Nets, network: nn.Module, config: AttackConfig, purpose: str, data: Images
+) -> dict[str, Tensor]:
+    """PGD on a classifier by itself."""
+    device = nets.hardware.device
+    labels = data.labels.to(device)
+    generator = make_generator(nets.params.seed, nets.dataset, purpose, device=device)
+    pixels = from_bytes(data.images).to(device)
+    record = run_attack(network, network, pixels, labels, config, generator=generator)
+    return verdicts(record, labels)

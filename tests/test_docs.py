@@ -1,0 +1,142 @@
+"""The documentation: generated pages are current and whole, examples work, the site builds."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from stages import presets, reference
+from stages.cli import app
+from stages.params import validate_params
+from tests.test_readme import PAGES, ROOT
+from tests.test_workflow import GRAPH
+
+DOCS = ROOT / "docs"
+PARAMETERS = (DOCS / "parameters.md").read_text()
+COMMANDS = (DOCS / "commands.md").read_text()
+TUTORIAL = (DOCS / "tutorial.md").read_text()
+GROUP = typer.main.get_command(app)
+LINES = {
+    line
+    for _, page in PAGES
+    if page != COMMANDS  # its lines are patterns
+    for line in re.findall(r"^(?: {4}|\$ )?stochsec (.+)$", page, re.M)
+}
+
+
+def leaves(values: object, key: str = "") -> Iterator[str]:
+    if isinstance(values, dict):
+        for name, child in values.items():
+            yield from leaves(child, f"{key}.{name}" if key else name)
+    else:
+        yield key
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_generated_pages_are_current() -> None:
+    result = run("stages.reference", "--check")
+    assert result.returncode == 0, result.stderr + "`python -m stages.reference` writes them"
+
+
+def test_a_stale_page_is_named_and_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reference, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reference"])
+    assert reference.main() == 0
+    (tmp_path / "commands.md").write_text("old\n")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["reference", "--check"])
+    assert reference.main() == 1
+    said = capsys.readouterr().err
+    assert "docs/commands.md" in said
+    assert "parameters.md" not in said
+    assert (tmp_path / "commands.md").read_text() == "old\n"
+
+
+@pytest.mark.parametrize("page", [PARAMETERS, COMMANDS])
+def test_generated_pages_say_so_and_end_well(page: str) -> None:
+    assert "`python -m stages.reference`" in "".join(page.splitlines()[:4])
+    assert page.endswith("\n")
+    assert not page.endswith("\n\n")
+    assert "\r" not in page
+
+
+def test_every_parameter_is_explained_once() -> None:
+    headings = re.findall(r"^### `(.+)`$", PARAMETERS, re.M)
+    patterns = [re.escape(heading).replace("<name>", "[a-z0-9_]+") for heading in headings]
+    for name in presets.names():
+        for key in leaves(yaml.safe_load(presets.text(name))):
+            assert sum(bool(re.fullmatch(pattern, key)) for pattern in patterns) == 1, key
+
+
+def test_no_comment_on_a_parameter_is_lost() -> None:
+    page = PARAMETERS.replace("&lt;", "<").replace("\\", "").replace("`", "")
+    page = " ".join(page.lower().split())
+    for comment in re.findall(
+        r"(?:^|\s)# (.+)$", (presets.PRESETS / "digits.yaml").read_text(), re.M
+    ):
+        assert comment.replace("`", "").lower() in page, comment
+
+
+def test_every_command_and_option_is_listed() -> None:
+    for name, command in GROUP.commands.items():
+        section = COMMANDS.split(f"\n## `stochsec {name}`\n")[1].split("\n## ")[0]
+        for parameter in command.params:
+            assert parameter.param_type_name == "argument" or parameter.opts[0] in section
+        assert "..." not in COMMANDS.split("## ")[0].split("**Commands**")[1]
+
+
+@pytest.mark.parametrize("line", sorted(LINES))
+def test_command_lines_parse(line: str) -> None:
+    name, *words = shlex.split(line, comments=True)
+    if "--help" not in (name, *words):
+        GROUP.commands[name].make_context(name, words)
+
+
+def test_stages_that_the_tutorial_names_are_in_the_graph() -> None:
+    named = re.findall(r"`([a-z_]+)`", TUTORIAL.split("## What is running")[1].split("\n## ")[0])
+    assert len(named) > 10
+    assert set(named) <= GRAPH.keys()
+
+
+def test_the_tutorials_params_are_valid_among_those_of_digits() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", TUTORIAL, re.S)
+    changes, whole = yaml.safe_load(block), yaml.safe_load(presets.text("digits"))
+    changes["data"]["mine"] = whole["data"]["digits"] | changes["data"]["mine"]
+    assert validate_params(whole | changes, Path("params.yaml")).datasets == ("mine",)
+
+
+def test_the_tutorials_code_writes_a_classifier_that_is_accepted(tmp_path: Path) -> None:
+    from stages.classifiers import load_classifier
+    from stages.hardware import Hardware
+    from stages.params import load_params
+
+    (code,) = re.findall(r"```python\n(.*?)```", TUTORIAL, re.S)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    params = load_params(ROOT / "params.yaml")
+    load_classifier(params, "digits", Hardware.choose("cpu"), tmp_path / "mine.pt2")
+
+
+def test_the_site_builds_without_a_warning_and_stands_alone(tmp_path: Path) -> None:
+    result = run("mkdocs", "build", "--strict", "--site-dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stderr
+    for page in DOCS.glob("*.md"):
+        html = (tmp_path / page.with_suffix(".html").name).read_text()
+        assert not re.search(r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//", html)
+        assert not re.search(r"<link[^>]+rel=\"?(?:stylesheet|preconnect)[^>]+//", html)
+        for source in re.findall(r"<img[^>]+src=\"?([^\" >]+)", html):
+            assert (tmp_path / source).is_file(), source
