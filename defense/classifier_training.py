@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from defense.precision import Precision, arithmetic, check_precision
+from defense.step_rules import PGD
 from defense.threat import ThreatModel
 
 
@@ -74,7 +75,9 @@ def augment(images: Tensor, config: ClassifierTrainConfig, *, generator: Generat
 class Adversary:
     """The inner maximization of adversarial training: PGD from a random point of the ball.
 
-    ``steps`` updates of length ``step_255`` / 255; Madry et al. (2018), equation (2.1).
+    ``steps`` updates of length ``step_255`` / 255; Madry et al. (2018), equation (2.1). Unlike
+    theirs, it attacks the classifier in evaluation mode, so that no statistics of a normalization
+    are those of images on their way.
     """
 
     threat: ThreatModel
@@ -89,17 +92,14 @@ class Adversary:
         *,
         generator: Generator,
     ) -> Tensor:
-        """Pixels x (B,C,S,S) in [0, 1], labels y (B,) -> the same, moved to raise the loss.
-
-        The classifier is in the mode that its user has set.
-        """
-        x_adv = self.threat.random_point(x, generator=generator)
+        """Pixels x (B,C,S,S) in [0, 1], labels y (B,) -> the same, moved to raise the loss."""
+        rule = PGD(self.threat, self.step_255, generator)
+        x_adv = rule.start(x)
         for _ in range(self.steps):
             x_adv.requires_grad_(True)
-            loss = F.cross_entropy(classifier(x_adv), y, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, x_adv)
-            x_adv = self.threat.ascend(x_adv.detach(), gradient, self.step_255)
-            x_adv = self.threat.project(x_adv, x)
+            losses = F.cross_entropy(classifier(x_adv), y, reduction="none")
+            (gradient,) = torch.autograd.grad(losses.sum(), x_adv)
+            x_adv = rule.next(x_adv.detach(), losses.detach(), gradient)
         return x_adv
 
 
@@ -176,7 +176,7 @@ class ClassifierTrainer:
         batch = batch.contiguous(memory_format=torch.channels_last)
         with arithmetic(self.config.precision, batch.device):
             if self.adversary is not None:
-                self.classifier.eval()  # the statistics of a normalization are those of learning
+                self.classifier.eval()
                 batch = self.adversary.attack(self.forward, batch, labels, generator=self.generator)
                 self.classifier.train()
             loss = F.cross_entropy(self.forward(batch), labels)

@@ -19,7 +19,7 @@ from stages.files import fingerprint
 from stages.flags import flags_of
 from stages.hardware import Hardware
 from stages.models import Nets, sequential, threat
-from stages.params import BARE, NamedAttack, Params
+from stages.params import PGD_ATTACKS, NamedAttack, Params
 from stages.resume import Scratch
 
 Evaluate = Callable[[int, Images, Tensor, Tensor, Callable[[int], None]], AttackRecord]
@@ -146,10 +146,12 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
     if attack not in params.attacks():
         raise StageError(f"attack: expected one of {params.attacks()}, got {attack!r}")
     inputs = {"images": files.images, "classifier": files.classifier}
-    if attack in BARE:
+    if attack in PGD_ATTACKS:
         evaluate = attack_classifier(params, dataset, attack, hardware, files.classifier)
         size = params.attack.pgd
-        return Plan(size.restarts * (size.steps + 1), inputs, evaluate, {"learned": BARE[attack]})
+        return Plan(
+            size.restarts * (size.steps + 1), inputs, evaluate, {"training": PGD_ATTACKS[attack]}
+        )
     nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
     inputs["energy"] = files.energy
     defense = {

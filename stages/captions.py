@@ -8,8 +8,8 @@ CAPTIONS = {
     "Algorithm 1's accuracy with its 95 % interval, and what fresh noise makes of the saved "
     "images. What gradients through the chain take from the accuracy under BPDA (identity) is "
     "what BPDA did not see.",
-    "figure2_*": "The training's own chains at some of its moments, and the same chains many "
-    "steps later under the weights of that moment; above these, the mean change of U. After "
+    "figure2_*": "The training's own persistent chains at some of its moments, and the same chains "
+    "many steps later under the weights of that moment; above these, the mean change of U. After "
     "Adam long chains leave what short ones show. SGD brings them together: the convergent "
     "energy. More Adam does not.",
     "figure3_logits_*": "Mean logits over H replicas, drawn again and again, for an image that the "
@@ -22,24 +22,28 @@ CAPTIONS = {
     "figure4_energies": "Energy along these chains; bands hold 80 % of the images. Chains of a "
     "convergent energy reach one level from natural and from adversarial images, and stay there.",
     "figure5_radius": "Accuracy over the radius of the attack in both norms, with 95 % Wilson "
-    "intervals. Adversarial training has seen the l_inf ball of one radius; the defense has seen "
-    "no attack. At radius 0 stand the natural images.",
-    "figure6_steps": "What each attack leaves after so many steps. A curve that still falls at its "
-    "end says that more steps would break more images.",
+    "intervals. Adversarial training has seen the l_inf ball of the radius in the legend; the "
+    "defense has seen no attack. At radius 0 stand the natural images. The findings compare both "
+    "image by image.",
+    "figure6_steps": "What each attack leaves after so many steps, and at its end the 95 % Wilson "
+    "interval. A curve that still falls there says that more steps would break more images.",
     "figure6_replicas": "Algorithm 1 with more replicas for the attacker's gradients (left) and "
-    "for the defender's verdicts (right), with 95 % Wilson intervals. Few replicas of the attacker "
-    "make a weak attack; few of the defender call chance a break. Dotted: Tables 1-3.",
+    "for the defender's verdicts (right), with 95 % Wilson intervals. In the paper the attack "
+    "saturates at 20 to 30 replicas, and 150 of the defender are close to the most that more of "
+    "them could give; where the intervals overlap, neither is to be seen here. Dotted: Tables 1-3.",
     "figure7_energies": "Energies of natural images, of the same images after PGD on the bare "
     "classifier, and of uniform noise. Attacked images lie higher, in the paper (eps = 8/255) "
     "marginally so; where the first two hardly overlap, a threshold on the energy would tell them.",
     "figure8_lyapunov": "How fast two chains with the same noise part that are held a small "
     "distance apart, over the strength of the noise, and what such chains end as. Above 0 they "
-    "forget each other: chaos. Only a smooth energy has an exponent that does not depend on the "
-    "distance; of a piecewise linear one it goes to 0 with the distance. Little noise "
-    "oversaturates samples, much of it drowns them.",
-    "figure9_distance": "Frechet distance between training images and chains that start from them. "
-    "A convergent energy keeps near the data for as long as the chain runs. Dashed: the distance "
-    "of test images, which no chain has touched.",
+    "forget each other: chaos. Only a smooth energy has an exponent of its own. That of a "
+    "piecewise linear one depends on the distance: it rises with it from 0, the limit, until the "
+    "distance is as wide as the corners of the energy lie apart. Little noise oversaturates "
+    "samples, much of it drowns them.",
+    "figure9_distance": "Squared Frechet distance between training images and chains that start "
+    "from them. Chains of the convergent energy drift far more slowly. Dashed: as many test "
+    "images, which no chain has touched; of an independent sample of the same distribution that is "
+    "what chance leaves.",
     "figure10_*": "Time for Langevin steps with the energy of this work and with networks of the "
     "size of earlier ones, measured by `stochsec bench-networks` on the machine that is named.",
     "energy_*": "One energy: its training, the energies along long chains from three starts, the "

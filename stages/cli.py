@@ -27,7 +27,7 @@ from stages.options import (
     attack_files,
     checked,
 )
-from stages.params import BARE, EVALUATED, MODELS, TABLE_ATTACKS
+from stages.params import EVALUATED, MODELS, PGD_ATTACKS, TABLE_ATTACKS
 
 app = typer.Typer(
     help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
@@ -73,7 +73,7 @@ def prepare_data(
 @app.command()
 def train_classifier(
     dataset: Dataset,
-    learned: Annotated[
+    training: Annotated[
         str, typer.Argument(help="natural, or adversarial: the baseline of Tables 2 and 3.")
     ] = "natural",
     params_file: ParamsFile = DEFAULT_PARAMS,
@@ -93,11 +93,11 @@ def train_classifier(
         stage.run(
             params,
             dataset,
-            learned,
+            training,
             Hardware.choose(device, None, time_limit, checkpoint),
             images=images or paths.images,
-            out=out or paths.classifier(learned),
-            history=out.with_suffix(".csv") if out else paths.history(classifier_name(learned)),
+            out=out or paths.classifier(training),
+            history=out.with_suffix(".csv") if out else paths.history(classifier_name(training)),
         )
 
 
@@ -137,11 +137,21 @@ def train_ebm(
             start=start or paths.state(f"ebm_{'smooth_' * phase.startswith('smooth_')}adam"),
             out=out or paths.model(name),
             state_out=out.with_suffix(".state.pt") if out else paths.state(name),
-            snapshots_out=(
-                out.with_suffix(".snapshots.safetensors") if out else paths.snapshots(name)
-            ),
+            snapshots_out=_snapshots(paths, phase, out),
             history=out.with_suffix(".csv") if out else paths.history(name),
         )
+
+
+def _place(paths: Paths, record: str, *given: Path | None) -> Path:
+    """Where a record goes: that of the workflow, or beside it if it is of files that were given."""
+    return paths.own(f"{record}.safetensors") if any(given) else paths.record(record)
+
+
+def _snapshots(paths: Paths, phase: str, out: Path | None) -> Path | None:
+    """Where a phase leaves its snapshots; those of the smooth energy are in no picture."""
+    if phase.startswith("smooth_"):
+        return None
+    return out.with_suffix(".snapshots.safetensors") if out else paths.snapshots(f"ebm_{phase}")
 
 
 @app.command()
@@ -190,7 +200,7 @@ def attack(
             attack,
             Hardware.choose(device, max_chains, time_limit, checkpoint),
             attack_files(
-                paths, images, classifier, energy, pgd, learned=BARE.get(attack, "natural")
+                paths, images, classifier, energy, pgd, training=PGD_ATTACKS.get(attack, "natural")
             ),
             out or (paths.own(f"{attack}.safetensors") if own else paths.record(attack)),
             subset=limits,
@@ -268,7 +278,6 @@ def active_test(
     """Plant adversarial images that evaluate.active_test.attack has to find."""
     with checked(params_file) as params:
         params.dataset(dataset)
-        own = any((images, classifier, energy))
         from stages import active_test as stage
         from stages.hardware import Hardware
 
@@ -278,7 +287,7 @@ def active_test(
             dataset,
             Hardware.choose(device, max_chains, time_limit, checkpoint),
             attack_files(paths, images, classifier, energy, None),
-            out or (paths.own("active_test.safetensors") if own else paths.record("active_test")),
+            out or _place(paths, "active_test", images, classifier, energy),
         )
 
 
@@ -315,7 +324,7 @@ def compare(
                 "nonconvergent": nonconvergent or paths.model("ebm_nonconvergent"),
             },
             pgd=pgd or paths.record("pgd"),
-            out=out or paths.record("compare"),
+            out=out or _place(paths, "compare", images, classifier, convergent, nonconvergent, pgd),
         )
 
 
@@ -353,7 +362,7 @@ def sweep(
                 "adversarial": adversarial or paths.classifier("adversarial"),
             },
             energy=energy or paths.model("ebm_convergent"),
-            out=out or paths.record("sweep"),
+            out=out or _place(paths, "sweep", images, classifier, adversarial, energy),
         )
 
 
@@ -413,7 +422,7 @@ def lyapunov(
                 "convergent": energy or paths.model("ebm_convergent"),
                 "smooth_convergent": smooth or paths.model("ebm_smooth_convergent"),
             },
-            out=out or paths.record("lyapunov"),
+            out=out or _place(paths, "lyapunov", images, energy, smooth),
         )
 
 
@@ -448,7 +457,7 @@ def fid(
                 "convergent": convergent or paths.model("ebm_convergent"),
                 "nonconvergent": nonconvergent or paths.model("ebm_nonconvergent"),
             },
-            out=out or paths.record("fid"),
+            out=out or _place(paths, "fid", images, classifier, convergent, nonconvergent),
         )
 
 
@@ -489,7 +498,7 @@ def inspect(
             images=images or paths.images,
             energy=weights,
             state=state or weights.with_suffix(".state.pt"),
-            out=out or paths.record(f"inspect_{phase}"),
+            out=out or _place(paths, f"inspect_{phase}", images, energy, state),
         )
 
 
@@ -522,7 +531,7 @@ def diagnose(
             classifier=classifier or paths.classifier(),
             energy=energy or paths.model("ebm_convergent"),
             pgd=pgd or paths.record("pgd"),
-            out=out or paths.record("diagnose"),
+            out=out or _place(paths, "diagnose", images, classifier, energy, pgd),
         )
 
 

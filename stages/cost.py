@@ -28,18 +28,19 @@ from stages.console import say
 from stages.energies import new_energy
 from stages.findings import STARTS
 from stages.params import (
-    BARE,
     EVALUATED,
     INSPECTED,
-    LEARNED,
     MODELS,
     NORMS,
+    PGD_ATTACKS,
     PHASES,
     SMOOTH,
+    TRAININGS,
     NamedAttack,
     Params,
 )
 from stages.tables import show
+from stages.train_ebm import SAMPLES
 
 SUSPECT_SHARE = 0.1
 """Of an attack's steps, those whose iterate the target judges. No attack on digits exceeds 0.05."""
@@ -77,7 +78,7 @@ class Work:
     look: int = 0  # logits
     slope: int = 0  # logits with a gradient in the image
     train: int = 0  # logits with a gradient in the weights
-    oppose: int = 0  # logits with a gradient in the image, while training
+    slope_in_training: int = 0  # logits with a gradient in the image, for adversarial training
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -111,7 +112,9 @@ class Cost:
     @property
     def classifier_passes(self) -> int:
         """Images forward; with a gradient they count 3."""
-        return self.work.look + 3 * (self.work.slope + self.work.train + self.work.oppose)
+        return self.work.look + 3 * (
+            self.work.slope + self.work.train + self.work.slope_in_training
+        )
 
     @property
     def pflop(self) -> float:
@@ -202,7 +205,7 @@ def prices_of(params: Params, dataset: str) -> dict[str, tuple[Timed, int]]:
         "look": (asked, flops(classifier, x, back=False)),
         "slope": (asked, flops(classifier, x)),
         "train": (trained, flops(classifier, x, weights=True)),
-        "oppose": (trained, flops(classifier, x)),
+        "slope_in_training": (trained, flops(classifier, x)),
     }
 
 
@@ -213,15 +216,18 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
     train, test = sizes(params, dataset)
     data = params.data[dataset]
     yield "train_classifier", data.classifier.epochs * Work(train=train, look=test)
-    opposed = Work(train=train, look=test, oppose=data.adversarial.steps * train)
-    yield "train_adversarially", data.adversarial.epochs * opposed
+    adversary = Work(slope_in_training=data.adversarial.steps * train)
+    yield (
+        "train_adversarially",
+        data.adversarial.epochs * (Work(train=train, look=test) + adversary),
+    )
     for phase in PHASES:
         if compared or phase in ("adam", "convergent"):
             batches = ebm.adam_batches if phase.endswith("adam") else ebm.sgd_batches
             update = ebm.batch * Work(sample=ebm.steps, learn=2)  # from data and from chains
             yield f"ebm_{phase}", batches * update
     bare = attacked(attack.pgd.steps, attack.pgd.restarts, Work(slope=1), Work(look=1))
-    for name in BARE:
+    for name in PGD_ATTACKS:
         yield f"attack_{name}", attack.pgd.images * bare
     for name, steps in (("K", langevin.K), ("K_short", langevin.K_short)):
         both = 2 * attack.transfer.images  # clean and adversarial
@@ -235,9 +241,9 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
         yield "active_test", active_test(params)
         yield "compare", comparison(params)
         yield "sweep", sweep(params)
-        yield "snapshots", moments(params)
-        yield "lyapunov", pairs(params)
-        yield "fid", drift(params, test)
+        yield "snapshots", snapshots(params)
+        yield "lyapunov", lyapunov(params)
+        yield "fid", fid(params)
     inspected = len(STARTS) * params.inspect.chains * Work(chain=params.inspect.long_steps)
     yield f"inspect {INSPECTED[0]}", inspected
     for phase in INSPECTED[1:] if compared else ():
@@ -337,9 +343,9 @@ def sweep(params: Params) -> Work:
         surrogate = asked(steps, attacker, "identity", smooth=False)
         return attacked(section.steps, 1, surrogate, judged(steps, defender))
 
-    bare = attacked(params.attack.pgd.steps, 1, Work(slope=1), Work(look=1))
+    bare = attacked(section.steps, 1, Work(slope=1), Work(look=1))
     radii = sum(len(section.radii(norm)) for norm in NORMS)
-    work = radii * (one(section.H_adv, section.H_def) + len(LEARNED) * bare)
+    work = radii * (one(section.H_adv, section.H_def) + len(TRAININGS) * bare)
     for count in section.attacker_replicas:
         work += one(count, section.H_def)
     for count in section.defender_replicas:
@@ -347,25 +353,24 @@ def sweep(params: Params) -> Work:
     return section.images * work
 
 
-def moments(params: Params) -> Work:
+def snapshots(params: Params) -> Work:
     """The chains of every snapshot, of phase 1 and of both energies that follow it."""
-    section = params.snapshots
-    chains = (1 + len(MODELS)) * section.per_phase * section.chains
-    return chains * Work(chain=section.long_steps)
+    chains = (1 + len(MODELS)) * params.ebm.snapshots * SAMPLES
+    return chains * Work(chain=params.snapshots.long_steps)
 
 
-def pairs(params: Params) -> Work:
+def lyapunov(params: Params) -> Work:
     """Two trajectories for each strength, separation and energy."""
     section = params.lyapunov
     settings = len(section.eta) * len(section.separations) * len(EVALUATED)
     return 2 * settings * section.chains * Work(chain=section.burn_in + section.steps)
 
 
-def drift(params: Params, test: int) -> Work:
+def fid(params: Params) -> Work:
     """Chains from training images, and features of all that is compared."""
     section = params.fid
     along = len(MODELS) * section.images * Work(chain=max(section.K), look=len(section.K))
-    return along + Work(look=section.images + min(test, section.images))
+    return along + 2 * section.images * Work(look=1)
 
 
 def read_rates(path: Path) -> dict[Timed, float]:

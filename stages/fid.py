@@ -9,6 +9,7 @@ from torch import Tensor
 from defense.diagnostics import states_at
 from defense.energy import ConvEnergy
 from defense.frechet import (
+    INCEPTION_FILE,
     FeatureFn,
     classifier_features,
     frechet_distance,
@@ -23,9 +24,12 @@ from stages.classifiers import load_classifier
 from stages.console import Track, say
 from stages.energies import load_energy
 from stages.engine import choose_chain
+from stages.files import fingerprint
 from stages.hardware import Hardware
 from stages.params import MODELS, Params
 from stages.resume import Scratch
+
+INCEPTION_BATCH, CLASSIFIER_BATCH = 100, 500  # images at once, whose activations fill the memory
 
 
 def run(
@@ -40,8 +44,10 @@ def run(
 ) -> None:
     """Chains from training images under each energy, measured against these images."""
     section, data = params.fid, params.dataset(dataset)
-    train = from_bytes(load_images(images, "train", data, section.images).images)
-    test = from_bytes(load_images(images, "test", data).images[: section.images])
+    train, test = (
+        from_bytes(load_images(images, split, data, section.images).images)
+        for split in ("train", "test")
+    )
     kind, features = extractor(params, dataset, hardware, classifier)
     there = features(train.to(hardware.device))
     tensors: dict[str, Tensor] = {
@@ -63,7 +69,7 @@ def run(
             tensors[model] = scratch.piece(model, work)["distances"]
             track.advance(watch=f"{model} {float(tensors[model][-1]):.1f}")
         about = {"run": params.run, "dataset": dataset, **section.model_dump()}
-        about |= {"measured_with": kind, "test_images": len(test)}
+        about |= {"measured_with": kind}
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     for model in MODELS:
@@ -75,18 +81,20 @@ def run(
 def extractor(
     params: Params, dataset: str, hardware: Hardware, classifier: Path
 ) -> tuple[str, FeatureFn]:
-    """What the features are of, inception or classifier, and the function that gives them."""
-    asked, batch = params.fid.features, hardware.max_chains
+    """What the features are of, classifier or inception and its hash, and what gives them."""
+    asked = params.fid.features
     weights = inception_weights() if asked != "classifier" else None
     try:
         if weights:
-            return "inception", inception_features(weights, device=hardware.device, batch=batch)
+            features = inception_features(weights, device=hardware.device, batch=INCEPTION_BATCH)
+            return f"inception {fingerprint(weights)[:12]}", features
         if asked == "inception":
             raise StageError(
-                "fid.features: inception needs the package torch-fidelity and the weights that it "
-                "downloads into torch hub's folder; or take features classifier"
+                "fid.features: inception needs the package torch-fidelity and its weights, "
+                f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}; or take features classifier"
             )
         network = load_classifier(params, dataset, hardware, classifier)
+        batch = min(hardware.max_chains, CLASSIFIER_BATCH)
         return "classifier", classifier_features(network, batch=batch)
     except ValueError as error:
         raise StageError(f"fid: {error}") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from defense.diagnostics import mean_logit_draws
 from stages.artifacts import AttackResult
-from stages.rows import accuracies
+from stages.rows import accuracies, count
 from stages.style import BLUE, CURVES, GREEN, GREY, ORANGE, TITLES, panels, steps_axis
 
 
@@ -61,6 +61,8 @@ def over_attack_steps(results: dict[str, list[AttackResult]]) -> Figure:
             left = [float(right.float().mean()) for right in robust]
             colour = ATTACK_COLOURS[names.index(name) % len(ATTACK_COLOURS)]
             ax.plot(steps, left, color=colour, label=name.replace("_", " "), drawstyle="steps-post")
+            low, high = count(robust[-1]).interval
+            ax.plot([steps[-1]] * 2, [low, high], color=colour, lw=0.8, marker="_", ms=4)
         ax.set(ylim=(0, 1.02), xlabel="attack steps N", ylabel="accuracy (Algorithm 1)")
         ax.set_title(title)
         ax.legend()
@@ -69,13 +71,16 @@ def over_attack_steps(results: dict[str, list[AttackResult]]) -> Figure:
 
 SYSTEMS = {
     "defense": ("EBM defense, BPDA+EOT", BLUE, "o"),
-    "adversarial": ("adversarially trained classifier, PGD", ORANGE, "s"),
     "natural": ("bare classifier, PGD", GREY, "x"),
+    "adversarial": ("PGD, adversarially trained", ORANGE, "s"),
 }
 
 
-def over_radius(curve: pd.DataFrame, usual: tuple[str, float]) -> Figure:
-    """Figure 5: accuracy over the radius in both norms; ``usual`` is that of the other tables."""
+def over_radius(curve: pd.DataFrame, usual: tuple[str, float], trained: float) -> Figure:
+    """Figure 5: accuracy over the radius in both norms.
+
+    ``usual`` are the norm and radius of the tables, ``trained`` the l_inf radius of the baseline.
+    """
     norms = {"linf": "$l_\\infty$", "l2": "$l_2$"}
     figure, axes = panels(1, 2, (8.0, 3.2), sharey=True)
     for ax, (norm, symbol) in zip(axes, norms.items(), strict=True):
@@ -83,13 +88,14 @@ def over_radius(curve: pd.DataFrame, usual: tuple[str, float]) -> Figure:
             part = curve[(curve.norm == norm) & (curve.system == who)]
             if part.empty:
                 continue
-            label = f"{label} (N={part.N.max()}, n={part.n.iloc[0]})"
+            label += f" at {trained:g}/255" if who == "adversarial" else ""
             ax.plot(part.eps_255, part.accuracy, color=colour, marker=marker, ms=4, label=label)
             ax.fill_between(part.eps_255, part.low, part.high, color=colour, alpha=0.15, lw=0)
         if norm == usual[0]:
             ax.axvline(usual[1], color=GREY, ls=":", lw=1)
         ax.set(xlabel=f"radius of the {symbol} ball  [1/255 of the pixel range]", ylim=(0, 1.02))
-        ax.set(ylabel="accuracy", title=f"{symbol} attacks", xlim=(0, None))
+        about = f"N={curve.N.max()}, n={curve.n.max()}, dotted: Tables 1-3"
+        ax.set(ylabel="accuracy", title=f"{symbol} attacks ({about})", xlim=(0, None))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
@@ -266,8 +272,8 @@ def sampling_times(timed: list[dict[str, Any]], machine: str) -> Figure:
     ax.grid(visible=False, axis="y")
     ax.set_xscale("log")
     first, last = float(rows["ms_low"].min()) / 2, float(rows["ms_high"].max())
-    ax.set_xlim(first, first * (last / first) ** 1.8)  # room for what is written at the bars
-    ax.xaxis.set_major_formatter("{x:,g}")
+    ax.set_xlim(first, first * (last / first) ** 1.6)  # room for what is written at the bars
+    ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlabel(f"seconds per 1,000 Langevin steps of {rows['batch'].iloc[0]} images (log scale)")
     ax.set_title(f"{machine}; bars: medians, ends: quartiles")
     return figure

@@ -33,9 +33,9 @@ class Paths:
         """Train and test images with labels."""
         return self.root / f"artifacts/{self.run}/data/{self.dataset}.npz"
 
-    def classifier(self, learned: str = "natural") -> Path:
+    def classifier(self, training: str = "natural") -> Path:
         """Weights of the classifier that was trained so."""
-        return self.model(classifier_name(learned))
+        return self.model(classifier_name(training))
 
     def model(self, name: str) -> Path:
         """Weights: classifier, or ebm_ and a phase."""
@@ -68,9 +68,9 @@ class Paths:
         return self.root / f"artifacts/{self.run}/records/{self.dataset}/{name}.csv"
 
 
-def classifier_name(learned: str) -> str:
+def classifier_name(training: str) -> str:
     """What the files of a classifier are called."""
-    return "classifier" if learned == "natural" else f"classifier_{learned}"
+    return "classifier" if training == "natural" else f"classifier_{training}"
 
 
 def reports(run: str) -> Path:

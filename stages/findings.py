@@ -1,5 +1,7 @@
 """What the attacks of one evaluation say together: controls, and who broke what."""
 
+from collections.abc import Sequence
+
 import torch
 from scipy.special import bdtr
 
@@ -64,15 +66,37 @@ def active_test(tensors: dict[str, torch.Tensor], attack: str) -> str:
     )
 
 
+def against_baseline(tensors: dict[str, torch.Tensor], norm: str, radii: Sequence[float]) -> str:
+    """The sweep's images under the defense and under adversarial training, radius by radius."""
+    said, count = [], 0
+    for radius in radii:
+        ours, theirs = (
+            tensors[f"{norm}/{radius:.12g}/{system}/robust"]
+            for system in ("defense", "adversarial")
+        )
+        only, only_theirs, p = _sign_test(ours, theirs)
+        said.append(f"{only}:{only_theirs} at {radius:g}/255 (p = {p:.2g})")
+        count = len(ours)
+    return (
+        f"{norm}, images that only the defense or only adversarial training keeps right, of "
+        f"{count}: {', '.join(said)}"
+    )
+
+
+def _sign_test(mine: torch.Tensor, other: torch.Tensor) -> tuple[int, int, float]:
+    """(n,) bool each: how many are true in the first only, in the other only; the exact p-value."""
+    only, only_other = int((mine & ~other).sum()), int((~mine & other).sum())
+    differ = only + only_other
+    return only, only_other, min(1.0, 2.0 * float(bdtr(min(only, only_other), differ, 0.5)))
+
+
 def _guided(result: AttackResult) -> bool:
     return result.about.get("gradient") in ("identity", "exact", "smoothed")
 
 
 def _paired(name: str, robust: torch.Tensor, under_bpda: torch.Tensor) -> str:
     """The same images under an attack and under BPDA: the sign test of the differences."""
-    only, only_bpda = int((~robust & under_bpda).sum()), int((robust & ~under_bpda).sum())
-    differ = only + only_bpda
-    p = min(1.0, 2.0 * float(bdtr(min(only, differ - only), differ, 0.5)))
+    only, only_bpda, p = _sign_test(~robust, ~under_bpda)
     return (
         f"image by image, {name} breaks {only} that {BPDA} does not, {BPDA} breaks {only_bpda} "
         f"that {name} does not (sign test p = {p:.2g})"

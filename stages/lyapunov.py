@@ -53,10 +53,10 @@ def run(
             found = []
             for eta in section.eta:
                 work = partial(at, params, dataset, hardware, network, eta, distance, x)
-                found.append(scratch.piece(f"{name}-{distance:g}-{eta:g}", work))
+                found.append(scratch.piece(f"{name}-{distance:.12g}-{eta:.12g}", work))
                 track.advance(watch=f"{name}, eta {eta:g}")
             curve = torch.stack([part["exponents"] for part in found])
-            tensors[f"{name}/{distance:g}"] = curve
+            tensors[f"{name}/{distance:.12g}"] = curve
             tensors.setdefault(f"{name}/states", torch.stack([part["states"] for part in found]))
             said = zip(section.eta, curve.mean(1).tolist(), strict=True)
             line = "  ".join(f"{eta:g}: {mean:+.4f}" for eta, mean in said)
@@ -80,7 +80,7 @@ def at(
     In float32 always: the rounding of a lower precision would pass for chaos.
     """
     section = params.lyapunov
-    purpose = f"{eta:g}/{separation:g}"
+    purpose = f"{eta:.12g}/{separation:.12g}"
     exponents, states = lyapunov_exponents(
         network,
         x,

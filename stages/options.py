@@ -127,14 +127,14 @@ def attack_files(
     pgd: Path | None,
     *,
     phase: str = "convergent",
-    learned: str = "natural",
+    training: str = "natural",
 ) -> "Files":
     """What was given, and for the rest what the workflow has made."""
     from stages.attack import Files
 
     return Files(
         images=images or paths.images,
-        classifier=classifier or paths.classifier(learned),
+        classifier=classifier or paths.classifier(training),
         energy=energy or paths.model(f"ebm_{phase}"),
         pgd=pgd or paths.record("pgd"),
     )

@@ -154,8 +154,8 @@ def figures(folder: Path, captions: Mapping[str, str]) -> list[Figure]:
 
 
 def embedded(path: Path, caption: str) -> Figure:
-    """A PNG file, or the SVG beside it if that is smaller, at the size of the PNG."""
-    png, vector = path.read_bytes(), path.with_suffix(".svg")
+    """A PNG file, or the SVG of that name if that is smaller, at the size of the PNG."""
+    png, vector = path.read_bytes(), path.parent.with_name("vector") / f"{path.stem}.svg"
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     kind, data = "png", png
     if vector.exists() and vector.stat().st_size < len(png):

@@ -10,13 +10,14 @@ from stages import StageError
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
-BARE = {"pgd": "natural", "pgd_adversarial": "adversarial"}  # PGD on the classifier trained so
-TABLE_ATTACKS = (*BARE, "transfer_K_short", "transfer_K", "bpda_eot")
+# PGD on a classifier by itself, and how that was trained.
+PGD_ATTACKS = {"pgd": "natural", "pgd_adversarial": "adversarial"}
+TABLE_ATTACKS = (*PGD_ATTACKS, "transfer_K_short", "transfer_K", "bpda_eot")
 TRANSFER = "transfer"  # of every evaluation: the images of the PGD on the bare classifier
 MODELS = ("convergent", "nonconvergent")
 SMOOTH = "smooth_"  # phases that train the energy of energy.smooth_activation
 NORMS: tuple[Literal["linf"], Literal["l2"]] = ("linf", "l2")
-LEARNED = ("natural", "adversarial")  # how a classifier is trained
+TRAININGS = ("natural", "adversarial")  # how a classifier is trained
 PHASES = ("adam", *MODELS, f"{SMOOTH}adam", f"{SMOOTH}convergent")
 EVALUATED = ("convergent", f"{SMOOTH}convergent")
 INSPECTED = ("convergent", "nonconvergent", f"{SMOOTH}convergent")
@@ -127,6 +128,7 @@ class EBM(Section):
     adam_batches: Count
     sgd_batches: Count
     precision: Precision
+    snapshots: Count
 
 
 class Langevin(Section):
@@ -265,10 +267,10 @@ class Sweep(Section):
     steps: CountOrNone
     H_adv: Count
     H_def: Count
-    linf_255: tuple[Positive, ...]
-    l2_255: tuple[Positive, ...]
-    attacker_replicas: tuple[Count, ...]
-    defender_replicas: tuple[Count, ...]
+    linf_255: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    l2_255: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    attacker_replicas: Annotated[tuple[Count, ...], Field(min_length=1)]
+    defender_replicas: Annotated[tuple[Count, ...], Field(min_length=1)]
 
     def radii(self, norm: Literal["linf", "l2"]) -> tuple[float, ...]:
         """Those of a norm, in 1/255 of the pixel range."""
@@ -284,8 +286,6 @@ class Sweep(Section):
 class Snapshots(Section):
     """Figure 2: samples over training."""
 
-    per_phase: Count
-    chains: Count
     long_steps: Count
 
 
@@ -297,7 +297,7 @@ class Lyapunov(Section):
     burn_in: Count
     steps: Count
     every: Count
-    separations: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    separations: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=4)]
 
     @model_validator(mode="after")
     def _grid_ascends(self) -> Self:
@@ -384,6 +384,8 @@ class Params(Section):
             ("evaluate.images", self.evaluate.images, pgd),
             ("compare.images", self.compare.images, pgd),
             ("diagnose.images", self.diagnose.images, pgd),
+            ("sweep.images", self.sweep.images, pgd),
+            ("lyapunov.chains", self.lyapunov.chains, pgd),
             ("compare.bpda_eot.images", self.compare.bpda_eot.images, compared),
             ("evaluate.draws", self.evaluate.draws, drawn),
             ("diagnose.H", max(self.diagnose.H), ("diagnose.replicas", self.diagnose.replicas)),
@@ -445,7 +447,9 @@ class Params(Section):
     def images(self, attack: str) -> int:
         """How many test images an attack is run on."""
         section = self.attack
-        sizes = dict.fromkeys(BARE, section.pgd.images) | {"bpda_eot": section.bpda_eot.images}
+        sizes = dict.fromkeys(PGD_ATTACKS, section.pgd.images) | {
+            "bpda_eot": section.bpda_eot.images
+        }
         if attack in TABLE_ATTACKS:
             return sizes.get(attack, section.transfer.images)
         return self.evaluate.images
@@ -473,11 +477,11 @@ class Params(Section):
             shown |= {"stop_at_break": named.stop_at_break}
             if named.gradient == "smoothed":
                 shown["softness"] = self.evaluate.softness
-        elif attack not in BARE:
+        elif attack not in PGD_ATTACKS:
             steps = langevin.K_short if attack == "transfer_K_short" else langevin.K
             table = attack in TABLE_ATTACKS
             shown |= {"K": steps, "H_def": section.transfer.replicas if table else langevin.H_def}
-        if attack not in BARE:
+        if attack not in PGD_ATTACKS:
             shown["precision"] = langevin.precision
             shown |= {f"sequential_{k}": v for k, v in section.sequential.model_dump().items()}
             shown["early_verdicts"] = self.early_verdicts(attack)
@@ -493,7 +497,6 @@ class Params(Section):
             "step_share": self.step_share,
             "norm": attack.norm,
             "eps_255": attack.eps_255,
-            "pgd_steps": attack.pgd.steps,
             "early_verdicts": self.evaluate.early_verdicts,
         }
 

@@ -161,18 +161,23 @@ PHASE_TITLES = {"adam": "Adam", "convergent": "then SGD", "nonconvergent": "or A
 
 
 def over_training(seen: dict[str, Tensor], long_steps: int) -> Figure:
-    """Figure 2: the training's own chains at some moments, and the same ``long_steps`` later."""
+    """Figure 2: the training's own chains at some moments, and the same ``long_steps`` later.
+
+    Where the paper's long runs start is not said (the authors' code: from data); these start from
+    the persistent chains.
+    """
     phases = [phase for phase in PHASE_TITLES if f"{phase}/batches" in seen]
     moments = [(phase, i) for phase in phases for i in range(len(seen[f"{phase}/batches"]))]
     figure, axes = panels(2, len(moments), (1.15 * len(moments), 3.6))
     for column, (phase, i) in enumerate(moments):
-        batches = int(seen[f"{phase}/batches"][i])
+        before = 0 if phase == "adam" else int(seen["adam/batches"][-1])
+        batches = before + int(seen[f"{phase}/batches"][i])
         change = float(seen[f"{phase}/energy_change"][i].mean())
         above, below = axes[column], axes[len(moments) + column]
         heading = PHASE_TITLES[phase] if i == 0 else ""
         show(above, seen[f"{phase}/short"][i], f"{heading}\nbatch {batches:,}", columns=3)
         show(below, seen[f"{phase}/long"][i], f"U {change:+.0f} nats", columns=3)
-    for ax, label in ((axes[0], "short run"), (axes[len(moments)], f"{long_steps:,} steps on")):
+    for ax, label in ((axes[0], "in training"), (axes[len(moments)], f"{long_steps:,} steps on")):
         ax.text(-0.12, 0.5, label, rotation=90, transform=ax.transAxes, ha="right", va="center")
     return figure
 
@@ -191,7 +196,7 @@ def order_and_chaos(found: dict[str, Tensor], separations: Sequence[float], step
     ax, right = halves[0].subplots(), halves[1]
     for energy, (kind, colour) in ENERGY_LINES.items():
         for distance, line, marker in zip(separations, LINES, "os^v", strict=False):
-            exponents = found[f"{energy}/{distance:g}"].numpy()
+            exponents = found[f"{energy}/{distance:.12g}"].numpy()
             half = 1.96 * exponents.std(1, ddof=1) / exponents.shape[1] ** 0.5
             label = f"{kind} energy, {distance:g} apart"
             style = {"color": colour, "ls": line, "marker": marker, "ms": 4, "capsize": 3}
@@ -203,7 +208,7 @@ def order_and_chaos(found: dict[str, Tensor], separations: Sequence[float], step
     ax.minorticks_off()
     ax.set(xlabel="strength of the noise, eta (dotted: the chain itself)")
     ax.set(ylabel="maximal Lyapunov exponent  [1/step]")
-    ax.set_title(f"above 0: chaos (mean of n={states.shape[1]} chains, 95 % of it)")
+    ax.set_title(f"above 0: chaos (mean of n={states.shape[1]} chains, 1.96 standard errors)")
     ax.legend()
     rows = np.ravel(np.asarray(right.subplots(len(eta), 1, squeeze=False)))
     for row, value, ends in zip(rows, eta, states, strict=True):
@@ -219,12 +224,17 @@ def distance_from_data(found: dict[str, Tensor], about: dict[str, object], chose
     ax, steps = axes[0], found["K"].tolist()
     for model, colour, marker in (("convergent", BLUE, "o"), ("nonconvergent", ORANGE, "s")):
         ax.plot(steps, found[model], color=colour, marker=marker, ms=4, label=TITLES[model])
-    label = f"test images (n={about['test_images']})"
+    label = "as many test images"
     ax.axhline(float(found["test"]), color=GREY, ls="--", lw=1, label=label)
     ax.axvline(chosen, color=GREY, ls=":", lw=1)
     kind = about["measured_with"]
-    name = "FID" if kind == "inception" else f"Frechet distance, features of the {kind}"
-    ax.set(ylabel=name, ylim=(0, None), title=f"{about['images']} chains from training images")
+    inception = str(kind).startswith("inception")
+    name = "FID" if inception else f"squared Frechet distance, features of the {kind}"
+    ax.set(
+        ylabel=name,
+        ylim=(0, None),
+        title=f"chains from n={about['images']} training images, to these",
+    )
     steps_axis(ax, steps)
     ax.legend()
     return figure

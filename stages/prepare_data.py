@@ -30,6 +30,10 @@ def run(params: Params, dataset: str, out: Path) -> None:
         if count is not None and count > len(labels):
             raise StageError(f"{origin}: expected at least {count} images, got {len(labels)}")
         order = order[:count]
+        if dataset == params.compare_dataset and len(order) < params.fid.images:
+            raise StageError(
+                f"fid.images: expected <= {len(order)} {split} images, got {params.fid.images}"
+            )
         parts.append(Images(images[order], labels[order], order))
         say(f"{dataset} {split}: {len(order)} of {len(labels)} images from {origin}")
     save_images(out, *parts)

@@ -15,8 +15,23 @@ from stages.artifacts import AttackResult, about_of, load_tensors
 from stages.captions import CAPTIONS
 from stages.console import say
 from stages.files import NETWORK_TIMES, Paths, WholeFolder, write_text
-from stages.findings import active_test, convergence, findings, verification
-from stages.params import BARE, EVALUATED, INSPECTED, MODELS, TABLE_ATTACKS, TRANSFER, Params
+from stages.findings import (
+    active_test,
+    against_baseline,
+    convergence,
+    findings,
+    verification,
+)
+from stages.params import (
+    EVALUATED,
+    INSPECTED,
+    MODELS,
+    NORMS,
+    PGD_ATTACKS,
+    TABLE_ATTACKS,
+    TRANSFER,
+    Params,
+)
 
 
 def run(params: Params, out: Path, root: Path = Path()) -> None:
@@ -52,13 +67,15 @@ def write(params: Params, out: Path, root: Path) -> None:
     if compared is not None:
         curve = rows.accuracy_over_steps(finite(compared, "compare"), params)
         rows.write(curve, out / "accuracy_over_steps.csv")
-        rows.write(rows.curves(curve), out / "plots/K.csv")
+        attacked = curve.images == "bpda_eot"
+        rows.write(rows.curves(curve[~attacked]), out / "plots/K.csv")
+        rows.write(rows.curves(curve[attacked]), out / "plots/K_bpda_eot.csv")
         metrics |= rows.lost_at_longest(curve)
-        style.save(figures.over_steps(curve, params.langevin.K), out / "figures/figure4_accuracy")
-        style.save(pictures.two_models(compared), out / "figures/figure4_samples")
-        style.save(pictures.energy_over_steps(compared), out / "figures/figure4_energies")
+        style.draw(figures.over_steps(curve, params.langevin.K), out, "figure4_accuracy")
+        style.draw(pictures.two_models(compared), out, "figure4_samples")
+        style.draw(pictures.energy_over_steps(compared), out, "figure4_energies")
         if levels := energies_of_images(compared, compared_paths):
-            style.save(pictures.energies_of_images(levels), out / "figures/figure7_energies")
+            style.draw(pictures.energies_of_images(levels), out, "figure7_energies")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], out)
 
@@ -77,17 +94,17 @@ def write(params: Params, out: Path, root: Path) -> None:
     if planted is not None:
         said.append(f"convergent: {active_test(finite(planted, 'active_test'), tested.attack)}")
     if evaluations:
-        style.save(figures.evaluation(evaluations, draws), out / "figures/evaluation")
+        style.draw(figures.evaluation(evaluations, draws), out, "evaluation")
     over_steps(results, evaluations, params, out)
-    swept(params, compared_paths, out)
-    dynamics(params, compared_paths, out / "figures")
+    said += swept(params, compared_paths, out)
+    dynamics(params, compared_paths, out)
     for path in sorted(NETWORK_TIMES.glob("*.json")):
         measured_there = json.loads(path.read_text())
         machine = ", ".join(f"{key} {value}" for key, value in measured_there["machine"].items())
         figure = figures.sampling_times(measured_there["rows"], machine)
-        style.save(figure, out / f"figures/figure10_{path.stem}")
+        style.draw(figure, out, f"figure10_{path.stem}")
     for dataset in params.datasets:
-        said += of_dataset(params, Paths(params.run, dataset, root), out / "figures")
+        said += of_dataset(params, Paths(params.run, dataset, root), out)
     tables.write_attacks(every, draws, said, out)
     for finding in said:
         say(finding)
@@ -108,7 +125,7 @@ def over_steps(
     out: Path,
 ) -> None:
     """Figure 6, left: what the attacks of Tables 1-3 and of the evaluations leave after N steps."""
-    compared, searching = params.compare_dataset, ("bpda_eot", *BARE)
+    compared, searching = params.compare_dataset, ("bpda_eot", *PGD_ATTACKS)
     tabled = [r for r in results if r.about["dataset"] == compared]
     panels = {"Tables 1-3": [r for r in tabled if r.about["attack"] in searching]}
     for energy, some in evaluations.items():
@@ -117,27 +134,30 @@ def over_steps(
         panels |= {title: found}
     panels = {title: found for title, found in panels.items() if found}
     if panels:
-        style.save(figures.over_attack_steps(panels), out / "figures/figure6_steps")
+        style.draw(figures.over_attack_steps(panels), out, "figure6_steps")
         rows.write(rows.over_attack_steps(next(iter(panels.values()))), out / "plots/N.csv")
 
 
-def swept(params: Params, paths: Paths, out: Path) -> None:
-    """Figure 5, and 6, right: over the radius, and over the replicas of both sides."""
+def swept(params: Params, paths: Paths, out: Path) -> list[str]:
+    """Figure 5, and 6, right: over the radius, and over the replicas of both sides.
+
+    What the same images say of the defense and of adversarial training.
+    """
     tensors = record(paths.record("sweep"), params.sweep_conditions())
     if tensors is None:
-        return
+        return []
     over_radius, over_replicas = rows.swept(tensors, params)
+    rows.write(over_radius, out / "accuracy_over_radius.csv")
+    rows.write(over_replicas, out / "accuracy_over_replicas.csv")
+    for norm, part in over_radius.groupby("norm"):
+        rows.write(rows.wide(part, "eps_255", "system"), out / f"plots/eps_{norm}.csv")
     attack, langevin = params.attack, params.langevin
-    if len(over_radius):
-        rows.write(over_radius, out / "accuracy_over_radius.csv")
-        figure = figures.over_radius(over_radius, (attack.norm, attack.eps_255))
-        style.save(figure, out / "figures/figure5_radius")
-        for norm, part in over_radius.groupby("norm"):
-            rows.write(rows.wide(part, "eps_255", "system"), out / f"plots/eps_{norm}.csv")
-    if len(over_replicas):
-        rows.write(over_replicas, out / "accuracy_over_replicas.csv")
-        usual = {"H_adv": langevin.H_adv, "H_def": langevin.H_def}
-        style.save(figures.over_replicas(over_replicas, usual), out / "figures/figure6_replicas")
+    trained = params.data[paths.dataset].adversarial.eps_255
+    figure = figures.over_radius(over_radius, (attack.norm, attack.eps_255), trained)
+    style.draw(figure, out, "figure5_radius")
+    usual = {"H_adv": langevin.H_adv, "H_def": langevin.H_def}
+    style.draw(figures.over_replicas(over_replicas, usual), out, "figure6_replicas")
+    return [against_baseline(tensors, norm, params.sweep.radii(norm)) for norm in NORMS]
 
 
 def dynamics(params: Params, paths: Paths, out: Path) -> None:
@@ -145,17 +165,17 @@ def dynamics(params: Params, paths: Paths, out: Path) -> None:
     seen = record(paths.record("snapshots"), params.snapshots.model_dump())
     if seen is not None:
         figure = pictures.over_training(finite(seen, "snapshots"), params.snapshots.long_steps)
-        style.save(figure, out / "figure2_training")
+        style.draw(figure, out, "figure2_training")
     exponents = record(paths.record("lyapunov"), params.lyapunov.model_dump())
     if exponents is not None:
         steps = params.lyapunov.burn_in + params.lyapunov.steps
         figure = pictures.order_and_chaos(exponents, params.lyapunov.separations, steps)
-        style.save(figure, out / "figure8_lyapunov")
+        style.draw(figure, out, "figure8_lyapunov")
     distances = record(paths.record("fid"), params.fid.model_dump())
     if distances is not None:
         about = about_of(paths.record("fid"))
         figure = pictures.distance_from_data(finite(distances, "fid"), about, params.langevin.K)
-        style.save(figure, out / "figure9_distance")
+        style.draw(figure, out, "figure9_distance")
 
 
 def stepping(results: list[AttackResult], usual: float) -> list[AttackResult]:
@@ -183,16 +203,17 @@ def of_dataset(params: Params, paths: Paths, out: Path) -> list[str]:
     diagnosed = record(paths.record("diagnose"), steps)
     if diagnosed is not None:
         histogram = figures.logit_histograms(finite(diagnosed, "diagnose"), params.diagnose.H)
-        style.save(histogram, out / f"figure3_logits_{paths.dataset}")
+        style.draw(histogram, out, f"figure3_logits_{paths.dataset}")
         way = {n.removeprefix("idea/"): t for n, t in diagnosed.items() if n.startswith("idea/")}
-        style.save(pictures.idea(way), out / f"figure1_idea_{paths.dataset}")
+        if way:
+            style.draw(pictures.idea(way), out, f"figure1_idea_{paths.dataset}")
     for phase in INSPECTED:
         inspected = record(paths.record(f"inspect_{phase}"), steps)
         if inspected is not None:
             verdict = f"Energy of {paths.dataset}, {phase}: {convergence(inspected)}"
             history = rows.training(paths, phase)
             energy_page = pictures.energy_page(history, inspected, params.langevin.K, verdict)
-            style.save(energy_page, out / f"energy_{paths.dataset}_{phase}")
+            style.draw(energy_page, out, f"energy_{paths.dataset}_{phase}")
             said.append(verdict)
     return said
 

@@ -10,7 +10,7 @@ import torch
 from defense.verdict import METRICS, is_right, scores
 from stages.artifacts import AttackResult
 from stages.files import Paths, write_text
-from stages.params import BARE, MODELS, NORMS, SMOOTH, TABLE_ATTACKS, Params
+from stages.params import MODELS, NORMS, PGD_ATTACKS, SMOOTH, TABLE_ATTACKS, Params
 
 Z95 = 1.959963984540054
 
@@ -74,7 +74,7 @@ def accuracies(result: AttackResult, draws: int) -> dict[str, Accuracy]:
 
 def energy_of(about: dict[str, object]) -> str:
     """The energy of a record's defense; for a classifier by itself, how it was trained."""
-    trained = BARE.get(str(about.get("attack")), "natural")
+    trained = PGD_ATTACKS.get(str(about.get("attack")), "natural")
     return str(about.get("energy", "-" if trained == "natural" else f"- ({trained} training)"))
 
 
@@ -142,19 +142,15 @@ def swept(tensors: dict[str, torch.Tensor], params: Params) -> tuple[pd.DataFram
 
     At radius 0 stands the accuracy on the same natural images.
     """
-    section, pgd = params.sweep, params.attack.pgd
+    section = params.sweep
     over_radius: list[dict[str, object]] = []
     for norm in NORMS:
-        for system, updates in (
-            ("defense", section.steps),
-            ("adversarial", pgd.steps),
-            ("natural", pgd.steps),
-        ):
+        for system in ("defense", "adversarial", "natural"):
             grid = [0.0, *section.radii(norm)] if section.radii(norm) else []
             for radius in grid:
-                place = f"{norm}/{radius or grid[1]:g}/{system}"
+                place = f"{norm}/{radius or grid[1]:.12g}/{system}"
                 right = tensors[f"{place}/{'robust' if radius else 'natural'}"]
-                place_of = {"norm": norm, "eps_255": radius, "system": system, "N": updates}
+                place_of = {"norm": norm, "eps_255": radius, "system": system, "N": section.steps}
                 over_radius.append({**place_of, **_numbers(count(right))})
     over_replicas: list[dict[str, object]] = []
     for side, replicas in (

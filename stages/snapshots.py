@@ -36,9 +36,10 @@ def run(
     def key(p: Params) -> object:
         return p.seed, dataset, p.snapshots, p.data[dataset].tau, p.langevin.precision
 
+    inputs = {f"{phase} snapshots": path for phase, path in snapshots.items()}
     tensors: dict[str, Tensor] = {}
     with (
-        Scratch(f"snapshots-{dataset}", params, key, snapshots, hardware) as scratch,
+        Scratch(f"snapshots-{dataset}", params, key, inputs, hardware) as scratch,
         Track(f"snapshots {dataset}", sum(map(len, moments.values())), unit="moments") as track,
     ):
         for phase, some in moments.items():

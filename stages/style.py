@@ -37,6 +37,15 @@ CURVES = {
 TITLES = {"convergent": "convergent (Adam, then SGD)", "nonconvergent": "non-convergent (Adam)"}
 
 
+def draw(figure: Figure, out: Path, name: str) -> None:
+    """A figure of the report folder ``out``: figures/``name``.png and vector/``name``.svg.
+
+    They lie apart because `dvc plots` shows every image of a folder.
+    """
+    save(figure, out / "figures" / name, ("png",))
+    save(figure, out / "vector" / name, ("svg",))
+
+
 def save(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
     """``stem``.png and ``stem``.svg, the same bytes for the same numbers."""
     for kind in kinds:

@@ -1,7 +1,8 @@
 """Accuracy over the radius, and over the replicas of both sides (Hill et al. 2021, Figures 5, 6).
 
-The radius is swept in both norms, for the defense (BPDA+EOT) and for the bare and the adversarially
-trained classifier (PGD); the replicas of the attacker and of the defender at the usual radius.
+The radius is swept in both norms, for the defense (BPDA+EOT) and, with as many steps of PGD, for
+the naturally and the adversarially trained classifier by themselves; the replicas of the attacker
+and of the defender at the usual radius.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from stages.classifiers import load_classifier
 from stages.console import Track, say
 from stages.hardware import Hardware
 from stages.models import Nets, sequential, threat
-from stages.params import LEARNED, NORMS, Params
+from stages.params import NORMS, TRAININGS, Params
 from stages.resume import Scratch
 
 Attack = Callable[[str, Images], dict[str, Tensor]]
@@ -44,16 +45,16 @@ def run(
     section = params.sweep
     data = load_images(images, "test", params.dataset(dataset), section.images)
     nets = Nets.load(params, dataset, hardware, classifier=classifiers["natural"], energy=energy)
-    bare = {
-        learned: load_classifier(params, dataset, hardware, classifiers[learned])
-        for learned in LEARNED
+    networks = {
+        training: load_classifier(params, dataset, hardware, classifiers[training])
+        for training in TRAININGS
     }
     inputs = {"images": images, "energy": energy, **classifiers}
 
     def key(p: Params) -> object:
         return p.seed, dataset, p.data[dataset], p.attack, p.sweep_conditions()
 
-    settings, shards = settings_of(nets, bare), data.shards(params.attack.shard)
+    settings, shards = settings_of(nets, networks), data.shards(params.attack.shard)
     found: dict[str, list[dict[str, Tensor]]] = {setting: [] for setting in settings}
     with (
         Scratch(f"sweep-{dataset}", params, key, inputs, hardware) as scratch,
@@ -80,37 +81,35 @@ def run(
             say(f"sweep {dataset}: {setting} {robust:.3f} (n={section.images})")
 
 
-def settings_of(nets: Nets, bare: dict[str, nn.Module]) -> dict[str, Attack]:
+def settings_of(nets: Nets, classifiers: dict[str, nn.Module]) -> dict[str, Attack]:
     """The attacks by setting: NORM/RADIUS/WHO, then H_adv/NUMBER/defense, H_def/NUMBER/defense."""
     params, section = nets.params, nets.params.sweep
-    steps, pgd_steps = section.steps, params.attack.pgd.steps
     early = params.evaluate.early_verdicts
     usual = (params.langevin.K, section.H_adv, section.H_def)
     settings: dict[str, Attack] = {}
     for norm in NORMS:
         for radius in section.radii(norm):
             ball = ThreatModel(norm, radius)
-            for learned, network in bare.items():
-                config = configure(params, ball, pgd_steps, early=False)
-                settings[f"{norm}/{radius:g}/{learned}"] = partial(pgd, nets, network, config)
-            config = configure(params, ball, steps, early=early)
-            settings[f"{norm}/{radius:g}/{DEFENSE}"] = partial(bpda_eot, nets, usual, config)
+            config = configure(params, ball, early=early)
+            for training, network in classifiers.items():
+                settings[f"{norm}/{radius:.12g}/{training}"] = partial(pgd, nets, network, config)
+            settings[f"{norm}/{radius:.12g}/{DEFENSE}"] = partial(bpda_eot, nets, usual, config)
     for name, sooner, grid in (
         ("H_adv", early, [(usual[0], count, usual[2]) for count in section.attacker_replicas]),
         ("H_def", False, [(*usual[:2], count) for count in section.defender_replicas]),
     ):
-        config = configure(params, threat(params), steps, early=sooner)
+        config = configure(params, threat(params), early=sooner)
         for sizes in grid:
             count = sizes[1] if name == "H_adv" else sizes[2]
             settings[f"{name}/{count}/{DEFENSE}"] = partial(bpda_eot, nets, sizes, config)
     return settings
 
 
-def configure(params: Params, ball: ThreatModel, steps: int, *, early: bool) -> AttackConfig:
+def configure(params: Params, ball: ThreatModel, *, early: bool) -> AttackConfig:
     """PGD in a ball, its step the same share of the radius as in Tables 1-3."""
     return AttackConfig(
         ball,
-        steps,
+        params.sweep.steps,
         params.step_share * ball.eps_255,
         sequential=sequential(params),
         early_verdicts=early,

@@ -131,22 +131,37 @@ def _whitebox_table(
         for _, row in published[published.table == str(table)].iterrows()
     ]
     for dataset in measured_datasets(params, table):
-        for name, learned, transformation, attack, record in (
+        for name, training, transformation, attack, record in (
             ("Ours", "Natural", "Langevin", "BPDA+EOT", "bpda_eot"),
             (f"{MADRY}, ours", "Adversarial", EMPTY, "PGD", "pgd_adversarial"),
         ):
             cells = [cell(rows, dataset, record, m) for m in ("natural", "adversarial")]
             source = "measured" if any(text != NOT_RUN for text in cells) else NOT_RUN
-            lines.append([name, dataset, learned, transformation, attack, source, *cells])
+            lines.append([name, dataset, training, transformation, attack, source, *cells])
     size, langevin, pgd = params.attack.bpda_eot, params.langevin, params.attack.pgd
     caption = (
         f"Table {table}. Defense against whitebox attacks. Ours: Algorithm 1 with {_threat(params)}"
         f"; K={langevin.K}, N={size.steps}, {size.restarts} start(s), H_adv={langevin.H_adv}, "
-        f"H_def={langevin.H_def}. {MADRY}, ours: trained by this workflow in the l_inf ball, with "
-        f"the same network; PGD with N={pgd.steps}, {pgd.restarts} start(s). {_published_note()}"
+        f"H_def={langevin.H_def}. {MADRY}, ours: the same network, trained by this workflow on "
+        f"l_inf PGD images ({_baseline(params, table)}); attacked by PGD with N={pgd.steps}, "
+        f"{pgd.restarts} start(s). {_published_note()}"
     )
     names = ["Defense", "Dataset", "f(x) train ims.", "T(x)", "Attack", "Source", "Nat.", "Adv."]
     return pd.DataFrame(lines, columns=names), caption
+
+
+def _baseline(params: Params, table: int) -> str:
+    """How the adversarially trained classifiers of a table were trained."""
+    said = dict.fromkeys(
+        f"eps={adversarial.eps_255:g}/255, {adversarial.steps} steps of "
+        f"{adversarial.step_255:g}/255, {adversarial.epochs} epochs"
+        for adversarial in (
+            params.data[dataset].adversarial
+            for dataset in measured_datasets(params, table)
+            if dataset in params.datasets
+        )
+    )
+    return "; ".join(said) or NOT_RUN
 
 
 def _threat(params: Params) -> str:

@@ -20,7 +20,7 @@ from stages.classifiers import new_classifier
 from stages.console import Track, detail, say
 from stages.files import write_csv
 from stages.hardware import Hardware
-from stages.params import LEARNED, Params
+from stages.params import TRAININGS, Params
 from stages.resume import Scratch, Stopwatch
 
 COMPILED_BATCHES = 5000  # from so many on a GPU, torch.compile gains more than its minute
@@ -29,7 +29,7 @@ COMPILED_BATCHES = 5000  # from so many on a GPU, torch.compile gains more than 
 def run(
     params: Params,
     dataset: str,
-    learned: str,
+    training: str,
     hardware: Hardware,
     *,
     images: Path,
@@ -37,8 +37,8 @@ def run(
     history: Path,
 ) -> None:
     """Train on the training images; write weights and the curve of loss and accuracy."""
-    if learned not in LEARNED:
-        raise StageError(f"learned: expected one of {list(LEARNED)}, got {learned!r}")
+    if training not in TRAININGS:
+        raise StageError(f"training: expected one of {list(TRAININGS)}, got {training!r}")
     section = params.dataset(dataset)
     train, test = (load_images(images, split, section) for split in ("train", "test"))
     device = hardware.device
@@ -46,7 +46,7 @@ def run(
     classifier = new_classifier(params, dataset).to(device)
     config = ClassifierTrainConfig(**section.classifier.model_dump())
     adversary, name = None, f"classifier {dataset}"
-    if learned == "adversarial":
+    if training == "adversarial":
         opponent, name = section.adversarial, f"{name} adversarial"
         threat = ThreatModel("linf", opponent.eps_255)
         adversary = Adversary(threat, opponent.steps, opponent.step_255)
@@ -68,10 +68,11 @@ def run(
         return float((logits.argmax(1) == test_labels).float().mean())
 
     def key(p: Params) -> object:
-        return p.seed, dataset, learned, p.classifier, p.data[dataset]
+        other = {"adversarial"} if training == "natural" else set()
+        return p.seed, dataset, training, p.classifier, p.data[dataset].model_dump(exclude=other)
 
     rows: list[tuple[int, float, float]] = []
-    scratch_name = f"train-classifier-{dataset}-{learned}"
+    scratch_name = f"train-classifier-{dataset}-{training}"
     with Scratch(scratch_name, params, key, {"images": images}, hardware) as scratch:
         checkpoint = scratch.folder / "checkpoint.pt"
         if checkpoint.exists():

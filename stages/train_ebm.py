@@ -28,6 +28,7 @@ from stages.params import PHASES, SMOOTH, Params
 from stages.resume import Scratch, Stopwatch
 
 ROW_EVERY = 10  # batches between two rows of the history
+SAMPLES = 12  # persistent chains in a snapshot
 
 
 def run(
@@ -40,7 +41,7 @@ def run(
     start: Path,
     out: Path,
     state_out: Path,
-    snapshots_out: Path,
+    snapshots_out: Path | None,
     history: Path,
 ) -> None:
     """Train one phase; ``start`` is the state that phase 1 left (unused by phase 1 itself)."""
@@ -54,11 +55,11 @@ def run(
     total = params.ebm.adam_batches if first else params.ebm.sgd_batches
 
     def key(p: Params) -> object:
-        return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset], p.snapshots
+        return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset]
 
     rows: list[tuple[int, float, float]] = []
     snapshots: dict[str, Tensor] = {}
-    due = snapshot_batches(total, params.snapshots.per_phase)
+    due = snapshot_batches(total, params.ebm.snapshots) if snapshots_out else set[int]()
     with Scratch(f"train-ebm-{dataset}-{phase}", params, key, inputs, hardware) as scratch:
         checkpoint = scratch.folder / "checkpoint.pt"
         if checkpoint.exists():
@@ -81,7 +82,7 @@ def run(
                     rows.append((trainer.batches_done, gap, norm))
                     track.advance(ROW_EVERY, f"energy gap {gap:+.2f}  gradient norm {norm:.3f}")
                 if trainer.batches_done in due:
-                    snapshots |= snapshot(trainer, params.snapshots.chains)
+                    snapshots |= snapshot(trainer)
                 if saved.due() or scratch.stopping:
                     more = {"rows": rows, "snapshots": snapshots}
                     save_state(checkpoint, {**trainer.state_dict(), **more})
@@ -91,7 +92,8 @@ def run(
         save_weights(out, trainer.energy, dataset=dataset, phase=phase, tau=tau)
         save_state(state_out, trainer.state_dict())
         about = {"dataset": dataset, "phase": phase, "tau": tau, "batches": sorted(due)}
-        save_tensors(snapshots_out, snapshots, about)
+        if snapshots_out:
+            save_tensors(snapshots_out, snapshots, about)
         scratch.done()
     late = [gap for _, gap, _ in rows[-20:]]
     if late:
@@ -131,9 +133,9 @@ def snapshot_batches(total: int, count: int) -> set[int]:
     return {max(1, total * i // count) for i in range(1, count + 1)}
 
 
-def snapshot(trainer: EBMTrainer, chains: int) -> dict[str, Tensor]:
+def snapshot(trainer: EBMTrainer) -> dict[str, Tensor]:
     """Weights and the first persistent chains (n,C,S,S) as they are, named after the batch."""
-    slots = torch.arange(min(chains, len(trainer.bank)), device=trainer.images.device)
+    slots = torch.arange(min(SAMPLES, len(trainer.bank)), device=trainer.images.device)
     kept = {"chains": trainer.bank.read(slots)}
     kept |= {f"energy/{name}": value for name, value in trainer.energy.state_dict().items()}
     return {f"{trainer.batches_done}/{name}": value.cpu().clone() for name, value in kept.items()}

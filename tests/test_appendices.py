@@ -13,7 +13,7 @@ from defense.langevin import LangevinConfig
 from defense.pixels import from_bytes
 from defense.rng import make_generator
 from defense.threat import ThreatModel
-from stages import StageError, diagnose, fid, figures, pictures, rows, train_ebm
+from stages import StageError, diagnose, fid, figures, findings, pictures, rows, train_ebm
 from stages.artifacts import about_of, load_images, load_state, load_tensors
 from stages.classifiers import load_classifier
 from stages.energies import new_energy
@@ -65,7 +65,7 @@ def test_the_last_snapshot_is_what_the_phase_ends_with() -> None:
         assert torch.equal(kept[f"20/energy/{name}"], value)
         learned += not torch.equal(kept[f"10/energy/{name}"], value)
     assert learned >= 5
-    first = bank["low"][:5] + bank["step"][:5] * bank["levels"][:5].float()
+    first = bank["low"][:12] + bank["step"][:12] * bank["levels"][:12].float()
     torch.testing.assert_close(kept["20/chains"], first)
 
 
@@ -103,15 +103,15 @@ def test_snapshots_of_another_network_are_one_line(folder: Path) -> None:
 
 def test_the_sweep_covers_every_setting_with_every_image() -> None:
     tensors, about = load_tensors(PATHS.record("sweep"))
-    settings = {f"linf/{eps}/{who}" for eps in (24, 48) for who in ("defense", *LEARNED)}
-    settings |= {f"l2/200/{who}" for who in ("defense", *LEARNED)}
+    settings = {f"linf/{eps}/{who}" for eps in (24, 48) for who in ("defense", *TRAININGS)}
+    settings |= {f"l2/200/{who}" for who in ("defense", *TRAININGS)}
     settings |= {"H_adv/1/defense", "H_adv/3/defense", "H_def/1/defense", "H_def/4/defense"}
     assert {name.rpartition("/")[0] for name in tensors} == settings
     assert all(len(right) == 6 for right in tensors.values())
     assert about["step_share"] == 0.25
 
 
-LEARNED = ("natural", "adversarial")
+TRAININGS = ("natural", "adversarial")
 
 
 def test_pgd_in_the_sweep_is_that_of_the_library() -> None:
@@ -127,7 +127,7 @@ def test_pgd_in_the_sweep_is_that_of_the_library() -> None:
             network,
             from_bytes(shard.images),
             shard.labels,
-            AttackConfig(ball, 3, 50.0),
+            AttackConfig(ball, 2, 50.0),
             generator=make_generator(params.seed, "digits", purpose),
         )
         right.append(record.robust(shard.labels))
@@ -143,7 +143,7 @@ def test_the_rows_of_a_sweep_begin_with_the_natural_images() -> None:
     assert part.accuracy.tolist()[2] == pytest.approx(float(robust), abs=1e-4)
     natural = tensors["linf/24/natural/natural"].float().mean()
     assert part.accuracy.tolist()[0] == pytest.approx(float(natural), abs=1e-4)
-    assert part.N.tolist() == [3, 3, 3]
+    assert part.N.tolist() == [2, 2, 2]
     assert over_replicas[["side", "replicas", "H_adv", "H_def"]].values.tolist() == [
         ["H_adv", 1, 1, 3],
         ["H_adv", 3, 3, 3],
@@ -152,12 +152,42 @@ def test_the_rows_of_a_sweep_begin_with_the_natural_images() -> None:
     ]
 
 
-def test_a_sweep_of_nothing_draws_nothing(folder: Path) -> None:
-    grids = ("linf_255", "l2_255", "attacker_replicas", "defender_replicas")
-    empty = {name: [] for name in grids}
-    params = load_params(Path(edited(folder, "empty", sweep=empty)))
-    over_radius, over_replicas = rows.swept({}, params)
-    assert len(over_radius) == len(over_replicas) == 0
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [
+        ("sweep", {"linf_255": []}, "sweep.linf_255"),
+        ("sweep", {"attacker_replicas": []}, "sweep.attacker_replicas"),
+        ("sweep", {"l2_255": [200, 100]}, "l2_255: expected ascending numbers, got [200.0, 100.0]"),
+        ("sweep", {"images": 13}, "sweep.images: expected <= attack.pgd.images = 12, got 13"),
+        ("lyapunov", {"chains": 13}, "lyapunov.chains: expected <= attack.pgd.images = 12"),
+        ("lyapunov", {"steps": 21}, "steps: expected a multiple of every = 5, got 21"),
+        ("lyapunov", {"separations": [1.0, 2.0, 3.0, 4.0, 5.0]}, "lyapunov.separations"),
+        ("fid", {"K": [4, 0]}, "K: expected ascending numbers, got [4, 0]"),
+        ("diagnose", {"images": 13}, "diagnose.images: expected <= attack.pgd.images = 12, got 13"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_is(
+    folder: Path, section: str, changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(StageError) as error:
+        load_params(Path(edited(folder, "wrong", **{section: changes})))
+    assert said in str(error.value)
+
+
+def test_too_few_images_for_the_distance_are_said_by_the_first_stage_that_knows(folder) -> None:
+    name = edited(folder, "many", fid={"images": 501})
+    result = command(f"prepare-data digits --params {name} --out elsewhere.npz")
+    assert result.exit_code == 2
+    assert "fid.images: expected <= 500 test images, got 501" in result.output
+
+
+def test_defense_and_baseline_are_compared_image_by_image() -> None:
+    tensors = {
+        "l2/100/defense/robust": torch.tensor([True] * 7 + [False]),
+        "l2/100/adversarial/robust": torch.tensor([True] + [False] * 6 + [True]),
+    }
+    said = findings.against_baseline(tensors, "l2", [100.0])
+    assert "of 8: 6:1 at 100/255 (p = 0.12)" in said
 
 
 def test_the_report_refuses_a_sweep_of_other_parameters(folder: Path) -> None:
@@ -251,7 +281,7 @@ def test_the_plots_of_dvc_have_their_columns(folder: Path) -> None:
             frame = pd.read_csv(folder / path.replace("${run}", "tiny"))
             assert {about["x"], *columns} <= set(frame.columns), path
             drawn += 1
-    assert drawn == 4
+    assert drawn == 5
 
 
 def test_the_curve_over_attack_steps_ends_where_the_attack_does() -> None:
@@ -264,14 +294,14 @@ def test_the_curve_over_attack_steps_ends_where_the_attack_does() -> None:
 
 def test_figures_say_which_features_they_measure_with() -> None:
     tensors, about = load_tensors(PATHS.record("fid"))
-    for kind, name in (("classifier", "features of the classifier"), ("inception", "FID")):
+    for kind, name in (("classifier", "features of the classifier"), ("inception ab12", "FID")):
         figure = pictures.distance_from_data(tensors, {**about, "measured_with": kind}, 4)
         assert name in figure.axes[0].get_ylabel()
 
 
 def test_the_figure_over_the_radius_marks_the_usual_one() -> None:
     frame = pd.read_csv("reports/tiny/accuracy_over_radius.csv")
-    figure = figures.over_radius(frame, ("l2", 200.0))
+    figure = figures.over_radius(frame, ("l2", 200.0), 48.0)
     marked = [
         any(list(line.get_xdata()) == [200.0, 200.0] for line in ax.lines) for ax in figure.axes
     ]
@@ -280,9 +310,30 @@ def test_the_figure_over_the_radius_marks_the_usual_one() -> None:
 
 def test_records_say_what_they_were_made_of() -> None:
     for name, roles in (
-        ("sweep", {"images", "energy", *LEARNED}),
-        ("snapshots", {"adam", "convergent", "nonconvergent"}),
+        ("sweep", {"images", "energy", *TRAININGS}),
+        ("snapshots", {f"{phase} snapshots" for phase in ("adam", "convergent", "nonconvergent")}),
         ("lyapunov", {"images", "convergent", "smooth_convergent"}),
         ("fid", {"images", "classifier", "convergent", "nonconvergent"}),
     ):
         assert set(about_of(PATHS.record(name))["files"]) == roles, name
+
+
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        ("sweep digits --energy {energy}", "sweep"),
+        ("fid digits --convergent {energy}", "fid"),
+        ("lyapunov digits --energy {energy}", "lyapunov"),
+        ("diagnose digits --energy {energy}", "diagnose"),
+        ("compare digits --convergent {energy}", "compare"),
+        ("inspect digits --energy {energy}", "inspect_convergent"),
+    ],
+)
+def test_a_record_of_other_files_is_not_that_of_the_workflow(words: str, own: str) -> None:
+    before = PATHS.record(own).read_bytes()
+    energy = PATHS.model("ebm_convergent")
+    result = command(words.format(energy=energy))
+    assert result.exit_code == 0, result.output
+    assert PATHS.record(own).read_bytes() == before
+    assert PATHS.own(f"{own}.safetensors").exists()
+    PATHS.own(f"{own}.safetensors").unlink()

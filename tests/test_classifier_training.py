@@ -348,6 +348,23 @@ def test_the_adversary_raises_the_loss_within_the_ball(
     assert not moved.requires_grad
 
 
+def test_the_adversary_is_the_pgd_of_the_attack(tiny_classifier, images, seeded) -> None:
+    """That looks at every iterate, and keeps the one of the largest margin; here the last one."""
+    labels, adversary = torch.arange(5) % 3, make_adversary()
+    moved = adversary.attack(tiny_classifier, images, labels, generator=seeded())
+    iterates: list[Tensor] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.requires_grad:
+                iterates.append(x.detach().clone())
+            return tiny_classifier(x)
+
+    config = AttackConfig(adversary.threat, steps=3, step_255=20.0, stop_at_break=False)
+    run_attack(Watched(), tiny_classifier, images, labels, config, generator=seeded())
+    torch.testing.assert_close(moved, iterates[-1])
+
+
 def test_the_adversary_steps_as_madry_et_al_write_it(tiny_classifier, images, seeded) -> None:
     """By hand: the sign of the gradient of each image's own loss, clamped to ball and box."""
     labels = torch.arange(5) % 3

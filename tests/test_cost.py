@@ -53,7 +53,7 @@ STEPS = {
     "compare": 2 * (2 * 10 * 2 * 6 + 4 * (2 * 2 + 3 * 3) * (3 + 6)),
     # Three iterates and three verdicts at three radii, then with other replicas on either side.
     "sweep": 6 * 4 * 3 * (3 * (2 + 3) + (1 + 3) + (3 + 3) + (2 + 1) + (2 + 4)),
-    "snapshots": 3 * 2 * 5 * 20,
+    "snapshots": 3 * 2 * 12 * 20,
     # Pairs of chains; two strengths, two separations, two energies.
     "lyapunov": 2 * 2 * 2 * 2 * 4 * (10 + 20),
     "fid": 2 * 40 * 8,
@@ -73,7 +73,7 @@ PASSES = {
     "active_test": 3 * (3 * 20 + 102 * 5 + 2 + 3 * 2 * 4 + 3 * 5),
     "compare": 2 * (2 * 10 * 2 * 3 + 2 * 4 * (2 * 2 * 4 + 3 * 3)),
     # Two bare classifiers at three radii; what the surrogate says has a gradient.
-    "sweep": 6 * (3 * 2 * (4 * 3 + 3) + 3 * 4 * (3 * 2 + 1 + 3 + 2 + 2) + 3 * (3 * 5 + 1 + 4)),
+    "sweep": 6 * (3 * 2 * (3 * 3 + 3) + 3 * 4 * (3 * 2 + 1 + 3 + 2 + 2) + 3 * (3 * 5 + 1 + 4)),
     "fid": 2 * 40 * 3 + 40 + 40,
     "diagnose": 2 * 12 * 2 + 2 * 20 + 2 * 12 + 2,
 }

@@ -22,8 +22,9 @@ RUNS = sorted(path.parent.name for path in (ROOT / "reports").glob("*/summary.md
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_the_table_of_every_run_is_its_reports(run: str) -> None:
-    assert (ROOT / f"reports/{run}/summary.md").read_text() in README
+def test_the_tables_of_every_run_are_its_reports(run: str) -> None:
+    for name in ("summary", "table1", "table2", "table3"):
+        assert (ROOT / f"reports/{run}/{name}.md").read_text() in README, name
 
 
 @pytest.mark.parametrize(

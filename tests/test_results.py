@@ -9,11 +9,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from defense import load_energy
 from defense.bank import CompactBank
+from stages import style
 from stages.artifacts import AttackResult, load_state, load_tensors, save_tensors
-from stages.files import Paths, WholeFolder, fingerprint
+from stages.files import NETWORK_TIMES, Paths, WholeFolder, fingerprint
 from stages.findings import convergence
 from stages.provenance import source
 from tests.tiny import command
@@ -32,11 +34,26 @@ def packed(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at the figures; for all others a report draws blanks, which is faster."""
+
+
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def elsewhere(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """Another machine: an empty folder."""
     monkeypatch.chdir(tmp_path)
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(style, "draw", lambda _, out, name: blank(out / f"figures/{name}.png"))
     return tmp_path
+
+
+def blank(path: Path) -> None:
+    """An empty picture."""
+    path.parent.mkdir(exist_ok=True)
+    Image.new("L", (8, 8)).save(path)
 
 
 def changed(packed: Path, change: Callable[[dict[str, bytes]], None], *, rehash: bool) -> Path:
@@ -73,8 +90,9 @@ def edited(data: bytes, edit: Callable[[AttackResult], None]) -> bytes:
 
 
 def test_an_import_gives_the_report_of_the_machine_that_made_it(
-    experiment: Path, packed: Path
+    experiment: Path, packed: Path, drawn: None
 ) -> None:
+    shutil.copytree(experiment / NETWORK_TIMES, NETWORK_TIMES)  # git brings them
     result = command(f"import {packed}")
     assert result.exit_code == 0, result.output
     theirs, ours = experiment / "reports/tiny", Path("reports/tiny")

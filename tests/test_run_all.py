@@ -132,7 +132,8 @@ def test_what_a_step_makes_stale_is_done_too(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(run_all, "call", write_again)
     os.utime("artifacts/tiny/models/digits/classifier.safetensors")
     assert command("run-all").exit_code == 0
-    assert ran == [words for words in steps() if words.split()[0] in NEED_A_CLASSIFIER]
+    expected = [words for words in steps() if words.split()[0] in NEED_A_CLASSIFIER]
+    assert ran == [words for words in expected if words != "attack digits pgd_adversarial"]
 
 
 NEED_A_CLASSIFIER = {

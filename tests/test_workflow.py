@@ -12,7 +12,7 @@ import yaml
 
 from stages import presets
 from stages.files import Paths, classifier_name
-from stages.params import BARE, EVALUATED, INSPECTED, LEARNED, PHASES
+from stages.params import EVALUATED, INSPECTED, PGD_ATTACKS, PHASES, TRAININGS
 
 ROOT = Path(__file__).parent.parent
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -64,8 +64,8 @@ LAYERS = [
         "energy",
         "losses",
     },
-    {"langevin", "classifier_training", "written_gradient", "step_rules", "pretrained"},
-    {"compiled", "ebm_training", "chain_gradient", "lyapunov"},
+    {"langevin", "written_gradient", "step_rules", "pretrained"},
+    {"compiled", "classifier_training", "ebm_training", "chain_gradient", "lyapunov"},
     {"eot", "written_hessian"},
     {"verdict"},
     {"attack", "diagnostics"},
@@ -161,14 +161,15 @@ def test_paths_in_the_graph_are_those_of_the_code() -> None:
     paths = Paths("RUN", "SET")
     known = {str(paths.images), str(paths.checked), "artifacts/RUN/records", "reports/RUN"}
     known |= {"artifacts/RUN/models", "pretrained/RUN"}
-    classifiers = [classifier_name(learned) for learned in LEARNED]
+    classifiers = [classifier_name(training) for training in TRAININGS]
     energies = [f"ebm_{phase}" for phase in PHASES]
     known |= {str(paths.model(name)) for name in (*classifiers, *energies)}
     known |= {str(paths.state(name)) for name in energies}
-    known |= {str(paths.snapshots(name)) for name in energies}
+    drawn = [name for name in energies if "smooth" not in name]
+    known |= {str(paths.snapshots(name)) for name in drawn}
     known |= {str(paths.history(name)) for name in (*classifiers, *energies)}
     records = (
-        *BARE,
+        *PGD_ATTACKS,
         "sweep",
         "snapshots",
         "lyapunov",

@@ -31,7 +31,14 @@ TINY: dict[str, Any] = {
         "activation": "leaky_relu",
         "smooth_activation": "smooth_leaky_relu",
     },
-    "ebm": {"batch": 20, "steps": 3, "adam_batches": 20, "sgd_batches": 20, "precision": "float32"},
+    "ebm": {
+        "batch": 20,
+        "steps": 3,
+        "adam_batches": 20,
+        "sgd_batches": 20,
+        "precision": "float32",
+        "snapshots": 2,
+    },
     "langevin": {"K": 4, "K_short": 2, "H_adv": 2, "H_def": 5, "precision": "float32"},
     "attack": {
         "norm": "linf",
@@ -75,7 +82,7 @@ TINY: dict[str, Any] = {
         "attacker_replicas": [1, 3],
         "defender_replicas": [1, 4],
     },
-    "snapshots": {"per_phase": 2, "chains": 5, "long_steps": 20},
+    "snapshots": {"long_steps": 20},
     "lyapunov": {
         "eta": [0.5, 1.0],
         "chains": 4,
