@@ -9,9 +9,9 @@ CAPTIONS = {
     "images. What gradients through the chain take from the accuracy under BPDA (identity) is "
     "what BPDA did not see.",
     "figure2_*": "The training's own persistent chains at some of its moments, and the same chains "
-    "many steps later under the weights of that moment; above these, the mean change of U. After "
-    "Adam long chains leave what short ones show. SGD brings them together: the convergent "
-    "energy. More Adam does not.",
+    "many steps later under the weights of that moment; above these, the mean change of U. Adam "
+    "alone leaves long chains free to go elsewhere; SGD is to bring them back to what the training "
+    "sees (the convergent energy).",
     "figure3_logits_*": "Mean logits over H replicas, drawn again and again, for an image that the "
     "defense gets right safely and one that it barely gets right. Where the two classes overlap, a "
     "verdict from so few replicas is partly chance.",
@@ -41,9 +41,9 @@ CAPTIONS = {
     "distance is as wide as the corners of the energy lie apart. Little noise oversaturates "
     "samples, much of it drowns them.",
     "figure9_distance": "Squared Frechet distance between training images and chains that start "
-    "from them. Chains of the convergent energy drift far more slowly. Dashed: as many test "
-    "images, which no chain has touched; of an independent sample of the same distribution that is "
-    "what chance leaves.",
+    "from them: those of a convergent energy should drift far more slowly. Dashed: as many test "
+    "images, which no chain has touched; for an independent sample of the same distribution that "
+    "is what chance leaves.",
     "figure10_*": "Time for Langevin steps with the energy of this work and with networks of the "
     "size of earlier ones, measured by `stochsec bench-networks` on the machine that is named.",
     "energy_*": "One energy: its training, the energies along long chains from three starts, the "

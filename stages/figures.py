@@ -60,7 +60,8 @@ def over_attack_steps(results: dict[str, list[AttackResult]]) -> Figure:
             robust = [result.record.robust(labels, steps=n) for n in steps]
             left = [float(right.float().mean()) for right in robust]
             colour = ATTACK_COLOURS[names.index(name) % len(ATTACK_COLOURS)]
-            ax.plot(steps, left, color=colour, label=name.replace("_", " "), drawstyle="steps-post")
+            label = name.replace("_", " ") + ("" if "n=" in title else f" (n={len(labels)})")
+            ax.plot(steps, left, color=colour, label=label, drawstyle="steps-post")
             low, high = count(robust[-1]).interval
             ax.plot([steps[-1]] * 2, [low, high], color=colour, lw=0.8, marker="_", ms=4)
         ax.set(ylim=(0, 1.02), xlabel="attack steps N", ylabel="accuracy (Algorithm 1)")

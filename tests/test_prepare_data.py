@@ -25,6 +25,7 @@ def own_params(folder: Path, source: str) -> Path:
     values["datasets"], values["compare_dataset"] = ["own"], "own"
     section = {"source": source, "path": str(folder), "classes": 2, "channels": 3}
     values["data"] = {"own": {**values["data"]["digits"], **section}}
+    values["fid"]["images"] = 2
     path = folder / "own.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
