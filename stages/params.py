@@ -45,15 +45,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ClassifierTraining(Section):
-    """SGD; the fields of `defense.ClassifierTrainConfig`."""
+class Schedule(Section):
+    """How long a classifier is trained, at what learning rate."""
 
     epochs: Count
-    batch: Count
     learning_rate: Positive
     schedule: Literal["step", "one_cycle"]
     milestones: tuple[Count, ...]
     warm_up: Fraction
+
+
+class ClassifierTraining(Schedule):
+    """SGD; the fields of `defense.ClassifierTrainConfig`."""
+
+    batch: Count
     momentum: Fraction
     weight_decay: NotNegative
     crop: CountOrNone
@@ -61,24 +66,19 @@ class ClassifierTraining(Section):
     precision: Precision
 
 
-class AdversarialTraining(Section):
+class AdversarialTraining(Schedule):
     """The baseline of Madry et al. (2018): PGD in the l_inf ball moves every training batch.
 
     Batches, momentum, decay, crops and precision are those of natural training.
     """
 
-    epochs: Count
-    learning_rate: Positive
-    schedule: Literal["step", "one_cycle"]
-    milestones: tuple[Count, ...]
-    warm_up: Fraction
     eps_255: NotNegative
     steps: CountOrNone
     step_255: NotNegative
 
-    def schedule_of_training(self) -> dict[str, Any]:
+    def own_schedule(self) -> dict[str, Any]:
         """What differs from natural training but for the adversary."""
-        return self.model_dump(exclude={"eps_255", "steps", "step_255"})
+        return self.model_dump(include=set(Schedule.model_fields))
 
 
 class Dataset(Section):

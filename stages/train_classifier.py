@@ -47,10 +47,10 @@ def run(
     config = ClassifierTrainConfig(**section.classifier.model_dump())
     adversary, name = None, f"classifier {dataset}"
     if training == "adversarial":
-        opponent, name = section.adversarial, f"{name} adversarial"
-        threat = ThreatModel("linf", opponent.eps_255)
-        adversary = Adversary(threat, opponent.steps, opponent.step_255)
-        config = replace(config, **opponent.schedule_of_training())
+        adversarial, name = section.adversarial, f"{name} adversarial"
+        threat = ThreatModel("linf", adversarial.eps_255)
+        adversary = Adversary(threat, adversarial.steps, adversarial.step_255)
+        config = replace(config, **adversarial.own_schedule())
     trainer = ClassifierTrainer(
         classifier,
         from_bytes(train.images).to(device),
