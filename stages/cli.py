@@ -1,24 +1,24 @@
-"""The command line: one command per stage, with every path it reads and writes as an option."""
+"""The command line: one command per stage, with every path it reads and writes as an option.
+
+Here are data, training and attacks; `stages.studies` has what looks at their results.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stages import StageError, console, tools
-from stages.console import say
-from stages.files import Paths, classifier_name, pretrained, reports, write_text
+from stages import StageError, console, studies, tools
+from stages.files import Paths, classifier_name, write_text
 from stages.options import (
     DEFAULT_PARAMS,
     Checkpoint,
     ClassifierFile,
-    ConvergentFile,
     Dataset,
     Device,
     EnergyFile,
     ImagesFile,
     MaxChains,
-    NonconvergentFile,
     Out,
     ParamsFile,
     PGDRecord,
@@ -26,8 +26,9 @@ from stages.options import (
     TimeLimit,
     attack_files,
     checked,
+    place,
 )
-from stages.params import EVALUATED, MODELS, PGD_ATTACKS, TABLE_ATTACKS
+from stages.params import EVALUATED, PGD_ATTACKS, TABLE_ATTACKS
 
 app = typer.Typer(
     help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
@@ -140,11 +141,6 @@ def train_ebm(
             snapshots_out=_snapshots(paths, phase, out),
             history=out.with_suffix(".csv") if out else paths.history(name),
         )
-
-
-def _place(paths: Paths, record: str, *given: Path | None) -> Path:
-    """Where a record goes: that of the workflow, or beside it if it is of files that were given."""
-    return paths.own(f"{record}.safetensors") if any(given) else paths.record(record)
 
 
 def _snapshots(paths: Paths, phase: str, out: Path | None) -> Path | None:
@@ -287,278 +283,9 @@ def active_test(
             dataset,
             Hardware.choose(device, max_chains, time_limit, checkpoint),
             attack_files(paths, images, classifier, energy, None),
-            out or _place(paths, "active_test", images, classifier, energy),
+            out or place(paths, "active_test", images, classifier, energy),
         )
 
 
-@app.command()
-def compare(
-    dataset: Dataset,
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    images: ImagesFile = None,
-    classifier: ClassifierFile = None,
-    convergent: ConvergentFile = None,
-    nonconvergent: NonconvergentFile = None,
-    pgd: PGDRecord = None,
-    out: Out = None,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Compare convergent with non-convergent learning over the number of Langevin steps."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
-        from stages import compare as stage
-        from stages.hardware import Hardware
-
-        paths = Paths(params.run, dataset)
-        stage.run(
-            params,
-            dataset,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            images=images or paths.images,
-            classifier=classifier or paths.classifier(),
-            models={
-                "convergent": convergent or paths.model("ebm_convergent"),
-                "nonconvergent": nonconvergent or paths.model("ebm_nonconvergent"),
-            },
-            pgd=pgd or paths.record("pgd"),
-            out=out or _place(paths, "compare", images, classifier, convergent, nonconvergent, pgd),
-        )
-
-
-@app.command()
-def sweep(
-    dataset: Dataset,
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    images: ImagesFile = None,
-    classifier: ClassifierFile = None,
-    adversarial: Annotated[
-        Path | None,
-        typer.Option(help="Adversarially trained classifier; default classifier_adversarial."),
-    ] = None,
-    energy: EnergyFile = None,
-    out: Out = None,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Attack over the radius in both norms, and over the replicas of attacker and defender."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
-        from stages import sweep as stage
-        from stages.hardware import Hardware
-
-        paths = Paths(params.run, dataset)
-        stage.run(
-            params,
-            dataset,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            images=images or paths.images,
-            classifiers={
-                "natural": classifier or paths.classifier(),
-                "adversarial": adversarial or paths.classifier("adversarial"),
-            },
-            energy=energy or paths.model("ebm_convergent"),
-            out=out or _place(paths, "sweep", images, classifier, adversarial, energy),
-        )
-
-
-@app.command()
-def snapshots(
-    dataset: Dataset,
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    out: Out = None,
-    device: Device = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Go on with the training's own chains for many steps, under the weights of each moment."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
-        from stages import snapshots as stage
-        from stages.hardware import Hardware
-
-        paths = Paths(params.run, dataset)
-        stage.run(
-            params,
-            dataset,
-            Hardware.choose(device, None, time_limit, checkpoint),
-            {phase: paths.snapshots(f"ebm_{phase}") for phase in ("adam", *MODELS)},
-            out or paths.record("snapshots"),
-        )
-
-
-@app.command()
-def lyapunov(
-    dataset: Dataset,
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    images: ImagesFile = None,
-    energy: EnergyFile = None,
-    smooth: Annotated[
-        Path | None, typer.Option(help="Smooth energy; default ebm_smooth_convergent.")
-    ] = None,
-    out: Out = None,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Measure the maximal Lyapunov exponent of the chain over the strength of its noise."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
-        from stages import lyapunov as stage
-        from stages.hardware import Hardware
-
-        paths = Paths(params.run, dataset)
-        stage.run(
-            params,
-            dataset,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            images=images or paths.images,
-            energies={
-                "convergent": energy or paths.model("ebm_convergent"),
-                "smooth_convergent": smooth or paths.model("ebm_smooth_convergent"),
-            },
-            out=out or _place(paths, "lyapunov", images, energy, smooth),
-        )
-
-
-@app.command()
-def fid(
-    dataset: Dataset,
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    images: ImagesFile = None,
-    classifier: ClassifierFile = None,
-    convergent: ConvergentFile = None,
-    nonconvergent: NonconvergentFile = None,
-    out: Out = None,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Measure the Frechet distance to the training images along chains that start from them."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
-        from stages import fid as stage
-        from stages.hardware import Hardware
-
-        paths = Paths(params.run, dataset)
-        stage.run(
-            params,
-            dataset,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            images=images or paths.images,
-            classifier=classifier or paths.classifier(),
-            models={
-                "convergent": convergent or paths.model("ebm_convergent"),
-                "nonconvergent": nonconvergent or paths.model("ebm_nonconvergent"),
-            },
-            out=out or _place(paths, "fid", images, classifier, convergent, nonconvergent),
-        )
-
-
-@app.command()
-def inspect(
-    dataset: Dataset,
-    phase: Annotated[
-        str, typer.Argument(help="A phase of train-ebm, such as convergent.")
-    ] = "convergent",
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    images: ImagesFile = None,
-    energy: Annotated[
-        Path | None, typer.Option(help="Energy weights; default those of the phase.")
-    ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(help="State of its training, with the persistent chains; default beside it."),
-    ] = None,
-    out: Out = None,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Follow long chains under an energy: is it convergent?"""
-    with checked(params_file) as params:
-        params.dataset(dataset)
-        from stages import inspect as stage
-        from stages.hardware import Hardware
-
-        paths, name = Paths(params.run, dataset), f"ebm_{phase}"
-        weights = energy or paths.model(name)
-        stage.run(
-            params,
-            dataset,
-            phase,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            images=images or paths.images,
-            energy=weights,
-            state=state or weights.with_suffix(".state.pt"),
-            out=out or _place(paths, f"inspect_{phase}", images, energy, state),
-        )
-
-
-@app.command()
-def diagnose(
-    dataset: Dataset,
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    images: ImagesFile = None,
-    classifier: ClassifierFile = None,
-    energy: EnergyFile = None,
-    pgd: PGDRecord = None,
-    out: Out = None,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Record the spread of the defense's logits over its replicas, and one image's whole way."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
-        from stages import diagnose as stage
-        from stages.hardware import Hardware
-
-        paths = Paths(params.run, dataset)
-        stage.run(
-            params,
-            dataset,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            images=images or paths.images,
-            classifier=classifier or paths.classifier(),
-            energy=energy or paths.model("ebm_convergent"),
-            pgd=pgd or paths.record("pgd"),
-            out=out or _place(paths, "diagnose", images, classifier, energy, pgd),
-        )
-
-
-@app.command()
-def report(
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    out: Annotated[Path | None, typer.Option(help="Folder; default reports/RUN.")] = None,
-) -> None:
-    """Write Tables 1-3 and the figures from the records; print the tables."""
-    with checked(params_file) as params:
-        from stages import report as stage
-
-        out = out or reports(params.run)
-        stage.run(params, out)
-        say(f"report: {out}")
-
-
-@app.command()
-def publish(
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    out: Annotated[Path | None, typer.Option(help="Folder; default pretrained/RUN.")] = None,
-) -> None:
-    """Put the trained energies where git keeps them, with a card that says what they are."""
-    with checked(params_file) as params:
-        from stages import publish as stage
-
-        stage.run(params, out or pretrained(params.run))
-
-
+app.add_typer(studies.app)
 app.add_typer(tools.app)

@@ -138,3 +138,8 @@ def attack_files(
         energy=energy or paths.model(f"ebm_{phase}"),
         pgd=pgd or paths.record("pgd"),
     )
+
+
+def place(paths: Paths, record: str, *given: Path | None) -> Path:
+    """Where a record goes: that of the workflow, or beside it if it is of files that were given."""
+    return paths.own(f"{record}.safetensors") if any(given) else paths.record(record)

@@ -177,6 +177,10 @@ def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) 
     [
         ("attack digits bpda_eot --classifier none.safetensors", "none.safetensors: no such file"),
         ("attack digits bpda_eot --energy none.safetensors", "`stochsec train-ebm digits"),
+        (
+            "train-classifier digits nonsense",
+            "training: expected one of ['natural', 'adversarial'], got 'nonsense'",
+        ),
         ("attack digits nonsense", "attack: expected one of ['pgd', 'pgd_adversarial'"),
         ("evaluate digits nonsense", "energy: expected one of ['convergent', 'smooth_convergent']"),
         (

@@ -24,10 +24,10 @@ CARRIERS = {
         f"stages/{name}.py"
         for name in ("__init__", "artifacts", "console", "files", "hardware", "params", "resume")
     ),
-    *(f"stages/{name}.py" for name in ("cli", "options", "tools")),
+    *(f"stages/{name}.py" for name in ("cli", "options", "studies", "tools")),
 }
 HOMES = {
-    "typer": {"stages/cli.py", "stages/options.py", "stages/reference.py", "stages/tools.py"},
+    "typer": {f"stages/{name}.py" for name in ("cli", "options", "reference", "studies", "tools")},
     "pydantic": {"stages/params.py"},
     "rich": {"stages/console.py", "stages/tables.py"},
     "pandas": {
