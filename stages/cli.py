@@ -185,8 +185,7 @@ def attack(
         params.dataset(dataset)
         limits = _limits(subset)
         own = attack not in TABLE_ATTACKS or any((images, classifier, energy, pgd, subset))
-        from stages import attack as stage
-        from stages import tables
+        from stages import attack as stage, tables
         from stages.hardware import Hardware
 
         paths = Paths(params.run, dataset)
@@ -242,8 +241,7 @@ def evaluate(
         if energy is None and name not in EVALUATED:
             raise StageError(f"energy: expected one of {list(EVALUATED)}, got {name!r}")
         own = any((images, classifier, energy, pgd))
-        from stages import evaluate as stage
-        from stages import tables
+        from stages import evaluate as stage, tables
         from stages.hardware import Hardware
 
         paths = Paths(params.run, dataset)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import yaml
 from ruamel.yaml import YAML
 
-from stages.params import NAME, Params
+from stages.params import Params
+from stages.sections import NAME
 
 ANY = "<name>"
 """In place of a key that users choose, such as that of a dataset."""

@@ -1,12 +1,32 @@
-"""params.yaml as typed, validated sections. No torch here: a wrong value is reported at once."""
+"""params.yaml as a whole, read and validated. No torch here: a wrong value is reported at once."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from stages import StageError
+from stages.sections import (
+    EBM,
+    FID,
+    Attack,
+    Classifier,
+    Compare,
+    CountOrNone,
+    Dataset as Dataset,
+    Diagnose,
+    Energy,
+    Evaluate,
+    Inspect,
+    Langevin,
+    Lyapunov,
+    Name,
+    NamedAttack as NamedAttack,
+    Section,
+    Snapshots,
+    Sweep,
+)
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
@@ -21,322 +41,6 @@ TRAININGS = ("natural", "adversarial")  # how a classifier is trained
 PHASES = ("adam", *MODELS, f"{SMOOTH}adam", f"{SMOOTH}convergent")
 EVALUATED = ("convergent", f"{SMOOTH}convergent")
 INSPECTED = ("convergent", "nonconvergent", f"{SMOOTH}convergent")
-
-Count = Annotated[int, Field(ge=1, strict=True)]
-CountOrNone = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Precision = Literal["float32", "tf32", "bfloat16"]
-NAME = r"^[a-z0-9_]+$"
-Name = Annotated[str, Field(pattern=NAME)]
-Activation = Literal["leaky_relu", "smooth_leaky_relu", "silu", "softplus"]
-
-
-def _ascending(name: str, grid: tuple[float, ...]) -> None:
-    """`ValueError` for a grid that does not ascend."""
-    if list(grid) != sorted(set(grid)):
-        raise ValueError(f"{name}: expected ascending numbers, got {list(grid)}")
-
-
-class Section(BaseModel):
-    """A part of params.yaml: every key is required, no other key is allowed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Schedule(Section):
-    """How long a classifier is trained, at what learning rate."""
-
-    epochs: Count
-    learning_rate: Positive
-    schedule: Literal["step", "one_cycle"]
-    milestones: tuple[Count, ...]
-    warm_up: Fraction
-
-
-class ClassifierTraining(Schedule):
-    """SGD; the fields of `defense.ClassifierTrainConfig`."""
-
-    batch: Count
-    momentum: Fraction
-    weight_decay: NotNegative
-    crop: CountOrNone
-    flip: bool
-    precision: Precision
-
-
-class AdversarialTraining(Schedule):
-    """The baseline of Madry et al. (2018): PGD in the l_inf ball moves every training batch.
-
-    Batches, momentum, decay, crops and precision are those of natural training.
-    """
-
-    eps_255: NotNegative
-    steps: CountOrNone
-    step_255: NotNegative
-
-    def own_schedule(self) -> dict[str, Any]:
-        """What differs from natural training but for the adversary."""
-        return self.model_dump(include=set(Schedule.model_fields))
-
-
-class Dataset(Section):
-    """What differs between datasets."""
-
-    source: Literal["embedded", "torchvision", "npz", "folder"]
-    path: str | None
-    image_size: Annotated[int, Field(ge=4)]
-    channels: Literal[1, 3]
-    classes: Annotated[int, Field(ge=2)]
-    train_images: Count | None
-    test_images: Count | None
-    tau: Positive
-    data_noise: NotNegative
-    adam_lr: Positive
-    sgd_lr: Positive
-    classifier: ClassifierTraining
-    adversarial: AdversarialTraining
-
-
-class Classifier(Section):
-    """Size of the Wide ResNet; depth is 6 n + 4."""
-
-    depth: Annotated[int, Field(ge=10)]
-    width: Count
-
-    @model_validator(mode="after")
-    def _depth_fits(self) -> Self:
-        if (self.depth - 4) % 6:
-            raise ValueError(f"depth: expected 6 n + 4, got {self.depth}")
-        return self
-
-
-class Energy(Section):
-    """Size and activation of the energy network, and of the one with gradients to attack."""
-
-    width: Count
-    activation: Activation
-    smooth_activation: Activation
-
-
-class EBM(Section):
-    """Algorithm 2."""
-
-    batch: Count
-    steps: Count
-    adam_batches: Count
-    sgd_batches: Count
-    precision: Precision
-    snapshots: Count
-
-
-class Langevin(Section):
-    """The defense: chain lengths and replicas."""
-
-    K: Count
-    K_short: Count
-    H_adv: Count
-    H_def: Count
-    precision: Precision
-
-
-class PGD(Section):
-    """Size of one attack."""
-
-    images: Count
-    steps: CountOrNone
-    restarts: Count
-
-
-class Transfer(Section):
-    """How transferred images are judged."""
-
-    images: Count
-    replicas: Count
-
-
-class SequentialTest(Section):
-    """The fields of `defense.verdict.Sequential`."""
-
-    error: Annotated[float, Field(gt=0, lt=1)]
-    first: Annotated[int, Field(ge=2, strict=True)]
-
-
-class NamedAttack(Section):
-    """One attack on the defense; ``scale`` multiplies attack.eps_255 and attack.step_255.
-
-    Without ``stop_at_break`` it goes on to the end, for the strongest images to judge afresh.
-    """
-
-    rule: Literal["pgd", "apgd", "square", "noise"]
-    gradient: Literal["identity", "exact", "smoothed", "none"]
-    loss: Literal["cross_entropy", "margin", "dlr"]
-    steps: CountOrNone
-    restarts: Count
-    scale: NotNegative
-    stop_at_break: bool
-
-    def mode(self) -> Literal["identity", "exact", "smoothed"]:
-        """How the surrogate differentiates its chains, if it is asked to."""
-        return "identity" if self.gradient == "none" else self.gradient
-
-    @model_validator(mode="after")
-    def _gradient_fits(self) -> Self:
-        if (self.rule in ("pgd", "apgd")) == (self.gradient == "none"):
-            expected = "none" if self.gradient != "none" else "identity, exact or smoothed"
-            raise ValueError(f"gradient: rule {self.rule} expects {expected}, got {self.gradient}")
-        return self
-
-
-class ActiveTest(Section):
-    """Planted adversarial images that one of the attacks has to find."""
-
-    images: Count
-    attack: Name
-    points: Annotated[int, Field(ge=2, strict=True)]
-
-
-class Evaluate(Section):
-    """The attacks of an evaluation, by name."""
-
-    images: Count
-    draws: Count
-    softness: Positive
-    early_verdicts: bool
-    active_test: ActiveTest
-    attacks: dict[Name, NamedAttack]
-
-    @model_validator(mode="after")
-    def _tested_attack_exists(self) -> Self:
-        if self.active_test.attack not in self.attacks:
-            raise ValueError(
-                f"active_test.attack: expected one of {list(self.attacks)}, "
-                f"got {self.active_test.attack!r}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _names_are_free(self) -> Self:
-        for name in self.attacks:
-            if name in (*TABLE_ATTACKS, TRANSFER):
-                raise ValueError(f"attacks: {name!r} is the name of another attack")
-        return self
-
-
-class Attack(Section):
-    """The threat model and the attacks of Tables 1 to 3."""
-
-    norm: Literal["linf", "l2"]
-    eps_255: NotNegative
-    step_255: NotNegative
-    shard: Count
-    sequential: SequentialTest
-    pgd: PGD
-    transfer: Transfer
-    bpda_eot: PGD
-
-
-class CompareAttack(Section):
-    """BPDA+EOT at every K of the comparison; no images, no attack."""
-
-    images: CountOrNone
-    steps: CountOrNone
-    H_adv: Count
-    H_def: Count
-
-
-class Compare(Section):
-    """Convergent against non-convergent learning."""
-
-    K: Annotated[tuple[CountOrNone, ...], Field(min_length=1)]
-    images: Count
-    replicas: Count
-    bpda_eot: CompareAttack
-
-    @model_validator(mode="after")
-    def _grid_ascends(self) -> Self:
-        _ascending("K", self.K)
-        return self
-
-
-class Sweep(Section):
-    """Figures 5 and 6: Algorithm 1 of this size over the radius, and over the replicas."""
-
-    images: Count
-    steps: CountOrNone
-    H_adv: Count
-    H_def: Count
-    linf_255: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    l2_255: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    attacker_replicas: Annotated[tuple[Count, ...], Field(min_length=1)]
-    defender_replicas: Annotated[tuple[Count, ...], Field(min_length=1)]
-
-    def radii(self, norm: Literal["linf", "l2"]) -> tuple[float, ...]:
-        """Those of a norm, in 1/255 of the pixel range."""
-        return self.linf_255 if norm == "linf" else self.l2_255
-
-    @model_validator(mode="after")
-    def _grids_ascend(self) -> Self:
-        for name in ("linf_255", "l2_255", "attacker_replicas", "defender_replicas"):
-            _ascending(name, getattr(self, name))
-        return self
-
-
-class Snapshots(Section):
-    """Figure 2: samples over training."""
-
-    long_steps: Count
-
-
-class Lyapunov(Section):
-    """Figure 8: the maximal Lyapunov exponent over the strength of the noise."""
-
-    eta: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    chains: Count
-    burn_in: Count
-    steps: Count
-    every: Count
-    separations: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=4)]
-
-    @model_validator(mode="after")
-    def _grid_ascends(self) -> Self:
-        _ascending("eta", self.eta)
-        _ascending("separations", self.separations)
-        for name, steps in (("burn_in", self.burn_in), ("steps", self.steps)):
-            if steps % self.every:
-                raise ValueError(
-                    f"{name}: expected a multiple of every = {self.every}, got {steps}"
-                )
-        return self
-
-
-class FID(Section):
-    """Figure 9: Frechet distance to the training images along chains from them."""
-
-    K: Annotated[tuple[CountOrNone, ...], Field(min_length=1)]
-    images: Annotated[int, Field(ge=2, strict=True)]
-    features: Literal["auto", "inception", "classifier"]
-
-    @model_validator(mode="after")
-    def _grid_ascends(self) -> Self:
-        _ascending("K", self.K)
-        return self
-
-
-class Inspect(Section):
-    """Long chains under an energy."""
-
-    chains: Annotated[int, Field(ge=1, le=500, strict=True)]
-    long_steps: Count
-
-
-class Diagnose(Section):
-    """Logit histograms."""
-
-    images: Count
-    replicas: Count
-    H: Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 class Params(Section):
@@ -372,6 +76,13 @@ class Params(Section):
                 f"compare_dataset: expected one of {list(self.datasets)}, "
                 f"got {self.compare_dataset!r}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        for name in self.evaluate.attacks:
+            if name in (*TABLE_ATTACKS, TRANSFER):
+                raise ValueError(f"evaluate.attacks: {name!r} is the name of another attack")
         return self
 
     @model_validator(mode="after")

@@ -16,8 +16,9 @@ from stages.artifacts import AttackResult, Images, about_of, load_images, load_t
 from stages.console import say
 from stages.files import Paths, Whole, WholeFolder, fingerprint, readable, reports
 from stages.hardware import Hardware
-from stages.params import NAME, PHASES, Params, load_params
+from stages.params import PHASES, Params, load_params
 from stages.provenance import IMPORTED, as_yaml, here
+from stages.sections import NAME
 
 MANIFEST, PARAMS = "manifest.json", "params.yaml"
 

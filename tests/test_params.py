@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from defense.precision import Precision
 from stages import StageError, presets
-from stages import params as params_module
 from stages.cli import app
 from stages.params import load_params, validate_params
 
@@ -215,7 +214,7 @@ def test_conditions_of_a_defense_state_its_chain() -> None:
 
 
 def test_the_precisions_are_those_of_the_library() -> None:
-    assert get_args(params_module.Precision) == get_args(Precision)
+    assert get_args(sections.Precision) == get_args(Precision)
 
 
 @pytest.mark.parametrize(

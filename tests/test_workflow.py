@@ -22,13 +22,22 @@ CARRIERS = {
     "defense/__init__.py",
     *(
         f"stages/{name}.py"
-        for name in ("__init__", "artifacts", "console", "files", "hardware", "params", "resume")
+        for name in (
+            "__init__",
+            "artifacts",
+            "console",
+            "files",
+            "hardware",
+            "params",
+            "resume",
+            "sections",
+        )
     ),
-    *(f"stages/{name}.py" for name in ("cli", "options", "studies", "tools")),
+    *(f"stages/{name}.py" for name in ("cli", "options", "sections", "studies", "tools")),
 }
 HOMES = {
     "typer": {f"stages/{name}.py" for name in ("cli", "options", "reference", "studies", "tools")},
-    "pydantic": {"stages/params.py"},
+    "pydantic": {"stages/params.py", "stages/sections.py"},
     "rich": {"stages/console.py", "stages/tables.py"},
     "pandas": {
         "stages/bench.py",
