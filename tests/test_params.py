@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from defense.precision import Precision
-from stages import StageError, presets
+from stages import StageError, presets, sections
 from stages.cli import app
 from stages.params import load_params, validate_params
 
