@@ -8,7 +8,7 @@ from scipy.special import bdtr
 from defense.active_test import BELIEVED
 from defense.attack import NOT_MEASURED
 from stages.artifacts import AttackResult
-from stages.rows import count
+from stages.rows import Accuracy, count
 
 BPDA = "identity"  # the attack of that name in evaluate.attacks
 GRADIENT_FREE_MAY_WIN_BY = 0.002  # of accuracy, as in AutoAttack's own checks
@@ -40,9 +40,9 @@ def findings(results: list[AttackResult], usual: float) -> list[str]:
         said += [_paired(name, robust[name], robust[BPDA]) for name in guided if name != BPDA]
     if guided and blind:
         said.append(_gradient_free(robust, guided, blind))
-    if guided or blind:
-        together = torch.stack([robust[name] for name in (*guided, *blind)]).all(0)
-        said.append(f"robust to every attack of this radius: {count(together)} n={len(labels)}")
+    strongest = against_all(results, usual)
+    if strongest:
+        said.append(f"robust to every attack of this radius: {strongest} n={strongest.n}")
     said.append(verification(results))
     cost = results[0].about.get("cost")
     if cost:
@@ -64,6 +64,32 @@ def active_test(tensors: dict[str, torch.Tensor], attack: str) -> str:
     return (
         text if share.value >= BELIEVED else f"FLAG: {text}; at least {BELIEVED:.0%} is asked for"
     )
+
+
+def against_all(results: list[AttackResult], usual: float) -> Accuracy | None:
+    """Images that no attack of the usual radius breaks; None if there is no such attack."""
+    robust = [
+        result.record.robust(result.images.labels)
+        for result in results
+        if float(result.about["eps_255"]) == usual
+    ]
+    return count(torch.stack(robust).all(0)) if robust else None
+
+
+def in_the_tables(results: list[AttackResult], dataset: str) -> list[str]:
+    """Defense and adversarial training on the images that both were attacked on in the tables."""
+    by_name = {r.about["attack"]: r for r in results if r.about["dataset"] == dataset}
+    pair = [by_name[name] for name in ("bpda_eot", "pgd_adversarial") if name in by_name]
+    if len(pair) < 2:
+        return []
+    common = min(len(result.images.labels) for result in pair)
+    ours, theirs = (result.record.robust(result.images.labels)[:common] for result in pair)
+    only, only_theirs, p = _sign_test(ours, theirs)
+    return [
+        f"Tables 1-3, {dataset}: of the {common} images that both were attacked on, {only} stay "
+        f"right with the defense alone, {only_theirs} with adversarial training alone (sign test "
+        f"p = {p:.2g})"
+    ]
 
 
 def against_baseline(tensors: dict[str, torch.Tensor], norm: str, radii: Sequence[float]) -> str:

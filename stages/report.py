@@ -17,9 +17,11 @@ from stages.console import say
 from stages.files import NETWORK_TIMES, Paths, WholeFolder, write_text
 from stages.findings import (
     active_test,
+    against_all,
     against_baseline,
     convergence,
     findings,
+    in_the_tables,
     verification,
 )
 from stages.params import (
@@ -62,6 +64,9 @@ def write(params: Params, out: Path, root: Path) -> None:
     measured = rows.rows(every, draws)
     rows.write(measured, out / "rows.csv")
     metrics = rows.summarise(params, measured)
+    strongest = against_all(evaluations.get(MODELS[0], []), usual)
+    if strongest:
+        metrics["defended_every_attack"] = round(strongest.value, 4)
 
     compared = record(compared_paths.record("compare"), params.compare.model_dump())
     if compared is not None:
@@ -77,7 +82,7 @@ def write(params: Params, out: Path, root: Path) -> None:
         if levels := energies_of_images(compared, compared_paths):
             style.draw(pictures.energies_of_images(levels), out, "figure7_energies")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], out)
+    tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], strongest, out)
 
     said = [
         f"{energy}: {line}"
@@ -86,6 +91,7 @@ def write(params: Params, out: Path, root: Path) -> None:
     ]
     defended = [result for result in results if "H_def" in result.about]
     said += [f"Tables 1-3: {verification(defended)}"] if defended else []
+    said += in_the_tables(results, params.compare_dataset)
     tested = params.evaluate.active_test
     planted = record(
         compared_paths.record("active_test"),

@@ -18,14 +18,17 @@ MADRY = "Madry et al. 2018"
 EMPTY = "-"  # the source gives no number
 
 
-def write(params: Params, rows: pd.DataFrame, out: Path) -> None:
-    """All tables as CSV, Markdown and LaTeX, and in the terminal."""
+def write(params: Params, rows: pd.DataFrame, strongest: Accuracy | None, out: Path) -> None:
+    """All tables as CSV, Markdown and LaTeX, and in the terminal.
+
+    ``strongest``: what every attack of the evaluation together leaves of the defense.
+    """
     published = pd.read_csv(PUBLISHED, dtype=str).fillna(EMPTY)
     for number, make in ((1, table1), (2, table2), (3, table3)):
         table, caption = make(params, rows, published)
         write_table(out, number, table, caption)
         show(table, caption)
-    write_text(out / "summary.md", summary_table(params, rows, published))
+    write_text(out / "summary.md", summary_table(params, rows, strongest, published))
 
 
 def cell(rows: pd.DataFrame, dataset: str, attack: str, metric: str) -> str:
@@ -39,8 +42,10 @@ def cell(rows: pd.DataFrame, dataset: str, attack: str, metric: str) -> str:
     return f"{Accuracy(row.right, int(row.n))} n={row.n}"
 
 
-def summary_table(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> str:
-    """Seven numbers a dataset, beside the paper's for CIFAR-10; the README shows this table."""
+def summary_table(
+    params: Params, rows: pd.DataFrame, strongest: Accuracy | None, published: pd.DataFrame
+) -> str:
+    """The main numbers of every dataset, beside the paper's for CIFAR-10; the README shows it."""
     paper = published[published.system == "Hill et al. 2021"].set_index("table")
     first, second = (paper.loc[table].to_dict() for table in ("1", "2"))
     madry = published[(published.system == MADRY) & (published.table == "2")].iloc[0]
@@ -51,17 +56,38 @@ def summary_table(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -
         "defense, natural images": ("transfer_K", "natural", first["natural"]),
         "defense, the same PGD images": ("transfer_K", "adversarial", first["adversarial"]),
         "defense, BPDA+EOT (Algorithm 1)": ("bpda_eot", "adversarial", second["adversarial"]),
+        "defense, every attack of the evaluation": (None, None, EMPTY),
         f"{trained}, natural images": ("pgd_adversarial", "natural", madry.natural),
         f"{trained}, PGD": ("pgd_adversarial", "adversarial", madry.adversarial),
     }
+    worst = f"{strongest} n={strongest.n}" if strongest else NOT_RUN
     table = pd.DataFrame(
         [
-            [what, *(cell(rows, dataset, attack, metric) for dataset in params.datasets), theirs]
+            [
+                what,
+                *(
+                    cell(rows, dataset, attack, metric)
+                    if attack and metric
+                    else worst
+                    if dataset == params.compare_dataset
+                    else NOT_RUN
+                    for dataset in params.datasets
+                ),
+                theirs,
+            ]
             for what, (attack, metric, theirs) in lines.items()
         ],
-        columns=["accuracy", *(f"{d}, measured" for d in params.datasets), "CIFAR-10, paper"],
+        columns=[
+            f"accuracy ({_radius(params)})",
+            *(f"{d}, measured" for d in params.datasets),
+            "CIFAR-10 at 8/255, paper",
+        ],
     )
     return table.to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def _radius(params: Params) -> str:
+    return f"attacks: {params.attack.norm}, {params.attack.eps_255:g}/255"
 
 
 def measured_datasets(params: Params, table: int) -> list[str]:
@@ -98,7 +124,8 @@ def table1(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> tuple
     caption = (
         f"Table 1. Accuracy under PGD on the bare classifier f(x), the same images transferred to "
         f"the EBM defense. {_threat(params)}; N={params.attack.pgd.steps}, the strongest iterate; "
-        f"defended by the mean logits of {params.attack.transfer.replicas} replicas. "
+        f"defended by the mean logits of {params.attack.transfer.replicas} replicas. Measured "
+        "cells: accuracy [95 % Wilson interval] n. "
         f"{_published_note()}"
     )
     return pd.DataFrame(lines, columns=["Defense", "Dataset", "Source", *names]), caption
@@ -139,12 +166,17 @@ def _whitebox_table(
             source = "measured" if any(text != NOT_RUN for text in cells) else NOT_RUN
             lines.append([name, dataset, training, transformation, attack, source, *cells])
     size, langevin, pgd = params.attack.bpda_eot, params.langevin, params.attack.pgd
+    ours = (
+        f"Ours: Algorithm 1 with {_threat(params)}; K={langevin.K}, N={size.steps}, "
+        f"{size.restarts} start(s), H_adv={langevin.H_adv}, H_def={langevin.H_def}. {MADRY}, ours: "
+        "the same network, trained by this workflow on l_inf PGD images "
+        f"({_baseline(params, table)}); attacked by PGD with N={pgd.steps}, {pgd.restarts} "
+        "start(s). Measured cells: accuracy [95 % Wilson interval] n."
+    )
+    ran = any(line[5] == "measured" for line in lines)
     caption = (
-        f"Table {table}. Defense against whitebox attacks. Ours: Algorithm 1 with {_threat(params)}"
-        f"; K={langevin.K}, N={size.steps}, {size.restarts} start(s), H_adv={langevin.H_adv}, "
-        f"H_def={langevin.H_def}. {MADRY}, ours: the same network, trained by this workflow on "
-        f"l_inf PGD images ({_baseline(params, table)}); attacked by PGD with N={pgd.steps}, "
-        f"{pgd.restarts} start(s). {_published_note()}"
+        f"Table {table}. Defense against whitebox attacks. {ours if ran else 'Ours: not run.'} "
+        f"{_published_note()}"
     )
     names = ["Defense", "Dataset", "f(x) train ims.", "T(x)", "Attack", "Source", "Nat.", "Adv."]
     return pd.DataFrame(lines, columns=names), caption
@@ -171,8 +203,8 @@ def _threat(params: Params) -> str:
 
 def _published_note() -> str:
     return (
-        "Measured cells: accuracy [95 % Wilson interval] n. Published rows are as printed in "
-        "Hill et al. (2021), at l_inf eps=8/255 (* on 1,000 images)."
+        "Published rows are as printed in Hill et al. (2021), at l_inf eps=8/255 (* on 1,000 "
+        "images)."
     )
 
 
@@ -241,7 +273,10 @@ def _short(accuracy: Accuracy) -> str:
 def show_attacks(results: list[AttackResult], draws: int) -> None:
     """The lines of some attacks in the terminal, their flags beneath."""
     lines = attack_lines(results, draws)
-    show(lines.drop(columns=["dataset", "flags"]), HOW_TO_READ.format(draws=draws).strip())
+    show(
+        lines.drop(columns=["dataset", "flags"]),
+        HOW_TO_READ.format(draws=draws).replace("*", "").strip(),
+    )
     for _, line in lines[lines["flags"] != ""].iterrows():
         console.print(f"flag, {line.attack}: {line['flags']}", markup=False, soft_wrap=True)
 
@@ -264,7 +299,7 @@ def show(table: pd.DataFrame, caption: str) -> None:
     """The table in the terminal."""
     shown = Table(title=caption, title_justify="left", title_style="")
     for name in table.columns:
-        shown.add_column(str(name))
+        shown.add_column(str(name), overflow="fold")  # no number is cut
     for line in table.itertuples(index=False):
         ours = str(line[0]).casefold().endswith("ours")
         shown.add_row(*map(str, line), style="bold" if ours else "")
