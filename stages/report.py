@@ -68,19 +68,7 @@ def write(params: Params, out: Path, root: Path) -> None:
     if strongest:
         metrics["defended_every_attack"] = round(strongest.value, 4)
 
-    compared = record(compared_paths.record("compare"), params.compare.model_dump())
-    if compared is not None:
-        curve = rows.accuracy_over_steps(finite(compared, "compare"), params)
-        rows.write(curve, out / "accuracy_over_steps.csv")
-        attacked = curve.images == "bpda_eot"
-        rows.write(rows.curves(curve[~attacked]), out / "plots/K.csv")
-        rows.write(rows.curves(curve[attacked]), out / "plots/K_bpda_eot.csv")
-        metrics |= rows.lost_at_longest(curve)
-        style.draw(figures.over_steps(curve, params.langevin.K), out, "figure4_accuracy")
-        style.draw(pictures.two_models(compared), out, "figure4_samples")
-        style.draw(pictures.energy_over_steps(compared), out, "figure4_energies")
-        if levels := energies_of_images(compared, compared_paths):
-            style.draw(pictures.energies_of_images(levels), out, "figure7_energies")
+    metrics |= over_chain_lengths(params, compared_paths, out)
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], strongest, out)
 
@@ -104,11 +92,7 @@ def write(params: Params, out: Path, root: Path) -> None:
     over_steps(results, evaluations, params, out)
     said += swept(params, compared_paths, out)
     dynamics(params, compared_paths, out)
-    for path in sorted(NETWORK_TIMES.glob("*.json")):
-        measured_there = json.loads(path.read_text())
-        machine = ", ".join(f"{key} {value}" for key, value in measured_there["machine"].items())
-        figure = figures.sampling_times(measured_there["rows"], machine)
-        style.draw(figure, out, f"figure10_{path.stem}")
+    sampling_times(out)
     for dataset in params.datasets:
         said += of_dataset(params, Paths(params.run, dataset, root), out)
     tables.write_attacks(every, draws, said, out)
@@ -122,6 +106,33 @@ def write(params: Params, out: Path, root: Path) -> None:
 def found(records: Iterable[AttackResult | None]) -> list[AttackResult]:
     """Those that are there."""
     return [record for record in records if record is not None]
+
+
+def over_chain_lengths(params: Params, paths: Paths, out: Path) -> dict[str, object]:
+    """Figures 4 and 7, from the comparison of both kinds of learning; its part of the metrics."""
+    compared = record(paths.record("compare"), params.compare.model_dump())
+    if compared is None:
+        return {}
+    curve = rows.accuracy_over_steps(finite(compared, "compare"), params)
+    rows.write(curve, out / "accuracy_over_steps.csv")
+    attacked = curve.images == "bpda_eot"
+    rows.write(rows.curves(curve[~attacked]), out / "plots/K.csv")
+    rows.write(rows.curves(curve[attacked]), out / "plots/K_bpda_eot.csv")
+    style.draw(figures.over_steps(curve, params.langevin.K), out, "figure4_accuracy")
+    style.draw(pictures.two_models(compared), out, "figure4_samples")
+    style.draw(pictures.energy_over_steps(compared), out, "figure4_energies")
+    if levels := energies_of_images(compared, paths):
+        style.draw(pictures.energies_of_images(levels), out, "figure7_energies")
+    return rows.lost_at_longest(curve)
+
+
+def sampling_times(out: Path) -> None:
+    """Figure 10, of every kind of device that `stochsec bench-networks` was run on."""
+    for path in sorted(NETWORK_TIMES.glob("*.json")):
+        timed = json.loads(path.read_text())
+        machine = ", ".join(f"{key} {value}" for key, value in timed["machine"].items())
+        figure = figures.sampling_times(timed["rows"], machine)
+        style.draw(figure, out, f"figure10_{path.stem}")
 
 
 def over_steps(

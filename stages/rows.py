@@ -10,7 +10,7 @@ import torch
 from defense.verdict import METRICS, is_right, scores
 from stages.artifacts import AttackResult
 from stages.files import Paths, write_text
-from stages.params import MODELS, NORMS, PGD_ATTACKS, SMOOTH, TABLE_ATTACKS, Params
+from stages.params import MODELS, NORMS, SMOOTH, TABLE_ATTACKS, Params
 
 Z95 = 1.959963984540054
 
@@ -74,7 +74,7 @@ def accuracies(result: AttackResult, draws: int) -> dict[str, Accuracy]:
 
 def energy_of(about: dict[str, object]) -> str:
     """The energy of a record's defense; for a classifier by itself, how it was trained."""
-    trained = PGD_ATTACKS.get(str(about.get("attack")), "natural")
+    trained = about.get("training", "natural")
     return str(about.get("energy", "-" if trained == "natural" else f"- ({trained} training)"))
 
 
@@ -126,10 +126,7 @@ def accuracy_over_steps(compared: dict[str, torch.Tensor], params: Params) -> pd
             "model": model,
             "images": images,
             "K": steps,
-            "accuracy": round(accuracy.value, 4),
-            "low": round(accuracy.interval[0], 4),
-            "high": round(accuracy.interval[1], 4),
-            "n": accuracy.n,
+            **_numbers(accuracy),
             "H": replicas,
             "N": updates,
         }
@@ -146,9 +143,9 @@ def swept(tensors: dict[str, torch.Tensor], params: Params) -> tuple[pd.DataFram
     over_radius: list[dict[str, object]] = []
     for norm in NORMS:
         for system in ("defense", "adversarial", "natural"):
-            grid = [0.0, *section.radii(norm)] if section.radii(norm) else []
-            for radius in grid:
-                place = f"{norm}/{radius or grid[1]:.12g}/{system}"
+            smallest, *_ = section.radii(norm)
+            for radius in (0.0, *section.radii(norm)):
+                place = f"{norm}/{radius or smallest:.12g}/{system}"
                 right = tensors[f"{place}/{'robust' if radius else 'natural'}"]
                 place_of = {"norm": norm, "eps_255": radius, "system": system, "N": section.steps}
                 over_radius.append({**place_of, **_numbers(count(right))})

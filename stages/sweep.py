@@ -45,10 +45,8 @@ def run(
     section = params.sweep
     data = load_images(images, "test", params.dataset(dataset), section.images)
     nets = Nets.load(params, dataset, hardware, classifier=classifiers["natural"], energy=energy)
-    networks = {
-        training: load_classifier(params, dataset, hardware, classifiers[training])
-        for training in TRAININGS
-    }
+    hardened = load_classifier(params, dataset, hardware, classifiers["adversarial"])
+    networks = dict(zip(TRAININGS, (nets.classifier, hardened), strict=True))
     inputs = {"images": images, "energy": energy, **classifiers}
 
     def key(p: Params) -> object:
@@ -94,14 +92,15 @@ def settings_of(nets: Nets, classifiers: dict[str, nn.Module]) -> dict[str, Atta
             for training, network in classifiers.items():
                 settings[f"{norm}/{radius:.12g}/{training}"] = partial(pgd, nets, network, config)
             settings[f"{norm}/{radius:.12g}/{DEFENSE}"] = partial(bpda_eot, nets, usual, config)
-    for name, sooner, grid in (
-        ("H_adv", early, [(usual[0], count, usual[2]) for count in section.attacker_replicas]),
-        ("H_def", False, [(*usual[:2], count) for count in section.defender_replicas]),
-    ):
-        config = configure(params, threat(params), early=sooner)
-        for sizes in grid:
-            count = sizes[1] if name == "H_adv" else sizes[2]
-            settings[f"{name}/{count}/{DEFENSE}"] = partial(bpda_eot, nets, sizes, config)
+    steps, attacker, defender = usual
+    config = configure(params, threat(params), early=early)
+    for count in section.attacker_replicas:
+        sizes = (steps, count, defender)
+        settings[f"H_adv/{count}/{DEFENSE}"] = partial(bpda_eot, nets, sizes, config)
+    config = configure(params, threat(params), early=False)  # whose number of replicas is the point
+    for count in section.defender_replicas:
+        sizes = (steps, attacker, count)
+        settings[f"H_def/{count}/{DEFENSE}"] = partial(bpda_eot, nets, sizes, config)
     return settings
 
 

@@ -50,44 +50,35 @@ def summary_table(
     first, second = (paper.loc[table].to_dict() for table in ("1", "2"))
     madry = published[(published.system == MADRY) & (published.table == "2")].iloc[0]
     trained = "adversarially trained classifier (Madry et al.)"
-    lines = {
-        "bare classifier, natural images": ("pgd", "natural", first["base_natural"]),
-        "bare classifier, PGD": ("pgd", "adversarial", first["base_adversarial"]),
-        "defense, natural images": ("transfer_K", "natural", first["natural"]),
-        "defense, the same PGD images": ("transfer_K", "adversarial", first["adversarial"]),
-        "defense, BPDA+EOT (Algorithm 1)": ("bpda_eot", "adversarial", second["adversarial"]),
-        "defense, every attack of the evaluation": (None, None, EMPTY),
-        f"{trained}, natural images": ("pgd_adversarial", "natural", madry.natural),
-        f"{trained}, PGD": ("pgd_adversarial", "adversarial", madry.adversarial),
-    }
+
+    def cells(attack: str, metric: str) -> list[str]:
+        return [cell(rows, dataset, attack, metric) for dataset in params.datasets]
+
     worst = f"{strongest} n={strongest.n}" if strongest else NOT_RUN
+    evaluated = [worst if d == params.compare_dataset else NOT_RUN for d in params.datasets]
+    lines = {
+        "bare classifier, natural images": (cells("pgd", "natural"), first["base_natural"]),
+        "bare classifier, PGD": (cells("pgd", "adversarial"), first["base_adversarial"]),
+        "defense, natural images": (cells("transfer_K", "natural"), first["natural"]),
+        "defense, the same PGD images": (cells("transfer_K", "adversarial"), first["adversarial"]),
+        "defense, BPDA+EOT (Algorithm 1)": (
+            cells("bpda_eot", "adversarial"),
+            second["adversarial"],
+        ),
+        "defense, every attack of the evaluation": (evaluated, EMPTY),
+        f"{trained}, natural images": (cells("pgd_adversarial", "natural"), madry.natural),
+        f"{trained}, PGD": (cells("pgd_adversarial", "adversarial"), madry.adversarial),
+    }
+    attack = params.attack
     table = pd.DataFrame(
-        [
-            [
-                what,
-                *(
-                    cell(rows, dataset, attack, metric)
-                    if attack and metric
-                    else worst
-                    if dataset == params.compare_dataset
-                    else NOT_RUN
-                    for dataset in params.datasets
-                ),
-                theirs,
-            ]
-            for what, (attack, metric, theirs) in lines.items()
-        ],
+        [[what, *measured, theirs] for what, (measured, theirs) in lines.items()],
         columns=[
-            f"accuracy ({_radius(params)})",
+            f"accuracy (attacks: {attack.norm}, {attack.eps_255:g}/255)",
             *(f"{d}, measured" for d in params.datasets),
             "CIFAR-10 at 8/255, paper",
         ],
     )
     return table.to_markdown(index=False, disable_numparse=True) + "\n"
-
-
-def _radius(params: Params) -> str:
-    return f"attacks: {params.attack.norm}, {params.attack.eps_255:g}/255"
 
 
 def measured_datasets(params: Params, table: int) -> list[str]:

@@ -39,27 +39,11 @@ def run(
     """Train on the training images; write weights and the curve of loss and accuracy."""
     if training not in TRAININGS:
         raise StageError(f"training: expected one of {list(TRAININGS)}, got {training!r}")
-    section = params.dataset(dataset)
-    train, test = (load_images(images, split, section) for split in ("train", "test"))
-    device = hardware.device
-    torch.manual_seed(params.seed)  # weight initialization takes no generator
-    classifier = new_classifier(params, dataset).to(device)
-    config = ClassifierTrainConfig(**section.classifier.model_dump())
-    adversary, name = None, f"classifier {dataset}"
-    if training == "adversarial":
-        adversarial, name = section.adversarial, f"{name} adversarial"
-        threat = ThreatModel("linf", adversarial.eps_255)
-        adversary = Adversary(threat, adversarial.steps, adversarial.step_255)
-        config = replace(config, **adversarial.own_schedule())
-    trainer = ClassifierTrainer(
-        classifier,
-        from_bytes(train.images).to(device),
-        train.labels.to(device),
-        config,
-        generator=make_generator(params.seed, "classifier", dataset, device=device),
-        adversary=adversary,
-        compiled=worth_compiling(config, len(train.images), device),
-    )
+    section, device = params.dataset(dataset), hardware.device
+    trainer = make_trainer(params, dataset, training, hardware, images)
+    classifier, config = trainer.classifier, trainer.config
+    name = f"classifier {dataset}" + (" adversarial" if trainer.adversary else "")
+    test = load_images(images, "test", section)
     test_images, test_labels = from_bytes(test.images).to(device), test.labels.to(device)
 
     def accuracy() -> float:
@@ -98,6 +82,31 @@ def run(
         save_weights(out, freeze(classifier))
         scratch.done()
     say(f"{name}: test accuracy {rows[-1][2]:.4f} (n={len(test_labels)})")
+
+
+def make_trainer(
+    params: Params, dataset: str, training: str, hardware: Hardware, images: Path
+) -> ClassifierTrainer:
+    """A trainer at the beginning, with an adversary if the training is adversarial."""
+    section, device = params.dataset(dataset), hardware.device
+    train = load_images(images, "train", section)
+    torch.manual_seed(params.seed)  # weight initialization takes no generator
+    classifier = new_classifier(params, dataset).to(device)
+    config, adversary = ClassifierTrainConfig(**section.classifier.model_dump()), None
+    if training == "adversarial":
+        adversarial = section.adversarial
+        threat = ThreatModel("linf", adversarial.eps_255)
+        adversary = Adversary(threat, adversarial.steps, adversarial.step_255)
+        config = replace(config, **adversarial.own_schedule())
+    return ClassifierTrainer(
+        classifier,
+        from_bytes(train.images).to(device),
+        train.labels.to(device),
+        config,
+        generator=make_generator(params.seed, "classifier", dataset, device=device),
+        adversary=adversary,
+        compiled=worth_compiling(config, len(train.images), device),
+    )
 
 
 def worth_compiling(config: ClassifierTrainConfig, images: int, device: torch.device) -> bool:
