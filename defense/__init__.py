@@ -14,11 +14,11 @@ verdict             four metrics, and the sequential test of clear verdicts
 attack, plain_attack
                     Algorithm 1 for every rule, loss and gradient; and as printed
 active_test         does an attack find what was planted for it?
-bank, ebm_training  the persistent chains and Algorithm 2, equations (1)-(2)
+bank, ebm_training  noisy data, persistent chains and Algorithm 2, equations (1)-(2)
 classifier_training natural training of the classifier
 inference           frozen networks, asked in pieces
-pretrained          load_energy: a trained energy from its file
-diagnostics         states along chains, the spread of mean logits
+pretrained          load_energy, load_classifier: trained networks from their files
+diagnostics         states along chains, and their energies
 """
 
 from defense.attack import NEVER, AttackConfig, AttackRecord, run_attack, run_transfer
@@ -28,7 +28,7 @@ from defense.energy import ConvEnergy
 from defense.eot import EOTDefense, straight_through
 from defense.inference import freeze
 from defense.langevin import Chain, LangevinConfig, langevin
-from defense.pretrained import load_energy
+from defense.pretrained import load_classifier, load_energy
 from defense.threat import ThreatModel
 from defense.verdict import Sequential
 from defense.written_hessian import written_product
@@ -47,6 +47,7 @@ __all__ = [
     "WideResNet",
     "freeze",
     "langevin",
+    "load_classifier",
     "load_energy",
     "run_attack",
     "run_transfer",

@@ -1,9 +1,36 @@
-"""The persistent image bank of Algorithm 2: the states of all training chains."""
+"""The data and the chains that Algorithm 2 compares: noisy images, and the persistent bank."""
 
 from typing import Self
 
 import torch
 from torch import Generator, Tensor
+
+
+class NoisyImages:
+    """Training images (M,C,H,W) in net range as an energy sees them, with noise of their own.
+
+    The noise is fresh at every look; ``sigma`` is its size (tau_data in Algorithm 2). With
+    ``mirror`` there are twice as many places, 0 to 2M - 1: the second half are the mirror images.
+    """
+
+    def __init__(self, images: Tensor, sigma: float, *, mirror: bool = False) -> None:
+        self.images = images
+        self.sigma = sigma
+        self.mirror = mirror
+
+    def places(self, count: int, *, generator: Generator) -> Tensor:
+        """Random places (n,) int64, each with the same chance."""
+        there = len(self.images) * (2 if self.mirror else 1)
+        return torch.randint(there, (count,), generator=generator, device=self.images.device)
+
+    def at(self, places: Tensor, *, generator: Generator) -> Tensor:
+        """Noisy images (n,C,H,W) at these places (n,)."""
+        clean = self.images[places % len(self.images)]
+        mirrored = (places >= len(self.images)).view(-1, 1, 1, 1)
+        if mirrored.any():
+            clean = torch.where(mirrored, clean.flip(3), clean)
+        noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+        return clean + self.sigma * noise
 
 
 class ImageBank:
@@ -84,3 +111,44 @@ class CompactBank(ImageBank):
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"levels": self.levels, "low": self.low, "step": self.step}
+
+
+class DataBank(CompactBank):
+    """Chains that start at noisy training images and, after ``life`` visits, start anew at others.
+
+    The energy has to be right where purification starts, which is at images, not at noise; so a
+    bank of thousands does, whatever the size of the training set. ``life`` None: chains live for
+    ever. At the start the ages are spread evenly, so that a few chains of every batch are young.
+    """
+
+    def __init__(
+        self, data: NoisyImages, count: int, life: int | None, *, generator: Generator
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"count: expected >= 1, got {count}")
+        if life is not None and life < 1:
+            raise ValueError(f"life: expected >= 1 or None, got {life}")
+        self.data = data
+        self.life = life
+        self.origins = data.places(count, generator=generator)  # (M,) where each chain started
+        self.visits = torch.zeros_like(self.origins)
+        super().__init__(data.at(self.origins, generator=generator))
+        self.visits.random_(0, life or 1, generator=generator)
+
+    def draw(self, count: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
+        slots, states = super().draw(count, generator=generator)
+        if self.life is None:
+            return slots, states
+        old = self.visits[slots] >= self.life
+        places = self.data.places(count, generator=generator)
+        fresh = self.data.at(places, generator=generator)
+        self.origins[slots[old]] = places[old]
+        self.visits[slots[old]] = 0
+        return slots, torch.where(old.view(-1, 1, 1, 1), fresh, states)
+
+    def write(self, slots: Tensor, states: Tensor) -> None:
+        super().write(slots, states)
+        self.visits[slots] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), "origins": self.origins, "visits": self.visits}

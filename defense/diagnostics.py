@@ -1,4 +1,4 @@
-"""What one looks at to judge a defense: states along chains, the spread of mean logits."""
+"""What one looks at to judge an energy: states along chains, and their energies."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,6 @@ import torch
 from torch import Generator, Tensor
 
 from defense.langevin import Chain, EnergyFn, LangevinConfig
-from defense.losses import margin
-from defense.verdict import is_right
 
 
 def states_at(
@@ -44,27 +42,27 @@ def energies(energy: EnergyFn, x: Tensor, *, tau: float, batch: int) -> Tensor:
     return torch.cat([energy(part) for part in x.split(batch)]) / (0.5 * tau**2)
 
 
-def mean_logit_draws(replica_logits: Tensor, count: int) -> Tensor:
-    """Independent draws of F_H for H = ``count``: (R, ...) -> (R // count, ...).
+def level_changes(
+    energy: EnergyFn,
+    x: Tensor,
+    grid: Sequence[int],
+    *,
+    tau: float,
+    chain: Chain,
+    generator: Generator,
+    max_chains: int,
+) -> Tensor:
+    """How far chains from noisy data sink or rise: mean U after the steps less mean U before.
 
-    Each draw is the mean over its own ``count`` replicas (Hill et al. 2021, Figure 3).
+    x (N,C,H,W) in net range are images with the noise that the energy was trained on; the result is
+    (len(grid),), in nats. A convergent energy has 0 at every number of steps, for images that it
+    was trained on and for others. What is not 0 tells what is wrong: below 0 for images of the bank
+    only, the energy remembers the bank; below 0 for all training images, it overfits; below 0 for
+    all images, it has risen where its chains have been of late, and is not at rest.
     """
-    if not 1 <= count <= len(replica_logits):
-        raise ValueError(f"count: expected 1 to {len(replica_logits)}, got {count}")
-    draws = len(replica_logits) // count
-    return replica_logits[: draws * count].view(draws, count, *replica_logits.shape[1:]).mean(1)
-
-
-def safe_and_borderline(replica_logits: Tensor, labels: Tensor) -> Tensor:
-    """Two images that the mean logits get right: the surest and the least sure, as places (2,).
-
-    ``replica_logits`` (R,B,classes), ``labels`` (B,). Sureness is the mean margin of the right
-    class in units of its spread over replicas.
-    """
-    replicas = len(replica_logits)
-    margins = -margin(replica_logits.flatten(0, 1), labels.repeat(replicas)).view(replicas, -1)
-    sureness = margins.mean(0) / margins.std(0)
-    right = is_right(replica_logits.mean(0), labels)
-    safest = torch.where(right, sureness, -torch.inf).argmax()
-    borderline = torch.where(right, sureness, torch.inf).argmin()
-    return torch.stack([safest, borderline])
+    states = states_at(
+        energy, x, grid, tau=tau, chain=chain, generator=generator, max_chains=max_chains
+    )
+    before = energies(energy, x, tau=tau, batch=max_chains).mean()
+    after = [energies(energy, state, tau=tau, batch=max_chains).mean() for state in states]
+    return torch.stack(after) - before

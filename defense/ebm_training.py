@@ -1,12 +1,19 @@
-"""Training of the energy, Algorithm 2 of Hill et al. (2021)."""
+"""Training of the energy, Algorithm 2 of Hill et al. (2021).
 
+Beside the paper's settings there are four switches that make it cheap, each off by default: pairs
+that are coupled, a rate that falls to zero, averaged weights, and (in `defense.bank`) chains that
+start at data. docs/method.md says what each is good for.
+"""
+
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from defense.bank import ImageBank
+from defense.bank import DataBank, ImageBank, NoisyImages
 from defense.langevin import Chain, ChainLog, LangevinConfig, langevin
 from defense.precision import Precision, arithmetic, check_precision
 
@@ -18,14 +25,21 @@ class EBMTrainConfig:
     The network returns f = (tau^2 / 2) U. Adam is given the gradient of U, and SGD too, with its
     rate multiplied by tau^2 / 2, so that an SGD update moves the weights by ``learning_rate`` times
     the gradient of f: the authors' scaling.
+
+    ``falls_over``: so many updates in which the rate falls to zero along half a cosine; None keeps
+    it constant. ``coupled``: the data of a batch are the images at which its chains once started,
+    so that most of what distinguishes one image from another cancels in the energy gap; it needs a
+    `DataBank`. ``average``: the decay of an exponential moving average of the weights; 0 is none.
     """
 
     optimizer: Literal["adam", "sgd"]
     learning_rate: float
     batch: int
-    data_noise: float
     langevin: LangevinConfig
     precision: Precision  # of the weights' gradient; the chain has its own
+    falls_over: int | None = None
+    coupled: bool = False
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "sgd"):
@@ -35,6 +49,17 @@ class EBMTrainConfig:
         check_precision(self.precision)
         if self.langevin.tau == 0:
             raise ValueError("langevin.tau: expected > 0, got 0")
+        if self.falls_over is not None and self.falls_over < 1:
+            raise ValueError(f"falls_over: expected >= 1 or None, got {self.falls_over}")
+        if not 0.0 <= self.average < 1.0:
+            raise ValueError(f"average: expected in [0, 1), got {self.average}")
+
+    def rate(self, updates: int) -> float:
+        """The learning rate after so many updates."""
+        if self.falls_over is None:
+            return self.learning_rate
+        done = min(1.0, updates / self.falls_over)
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -46,12 +71,15 @@ class UpdateStats:
 
 
 class EBMTrainer:
-    """Trains ``energy`` in place on ``images`` (M,C,S,S) in net range, with a persistent bank."""
+    """Trains ``energy`` in place on ``data`` against the chains of a persistent ``bank``.
+
+    `trained` is the result: the averaged weights if there is an average.
+    """
 
     def __init__(
         self,
         energy: nn.Module,
-        images: Tensor,
+        data: NoisyImages,
         bank: ImageBank,
         config: EBMTrainConfig,
         *,
@@ -59,7 +87,9 @@ class EBMTrainer:
         chain: Chain = langevin,
     ) -> None:
         self.energy = energy
-        self.images = images
+        if config.coupled and not isinstance(bank, DataBank):
+            raise ValueError("coupled: expected a bank of chains that start at data (DataBank)")
+        self.data = data
         self.bank = bank
         self.config = config
         self.generator = generator
@@ -68,27 +98,34 @@ class EBMTrainer:
         self.half_tau2 = 0.5 * config.langevin.tau**2
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(
-                energy.parameters(), lr=config.learning_rate, fused=True
-            )
+            self.optimizer = torch.optim.Adam(energy.parameters(), fused=True)
         else:
-            scaled = config.learning_rate * self.half_tau2
-            self.optimizer = torch.optim.SGD(energy.parameters(), lr=scaled)
+            self.optimizer = torch.optim.SGD(energy.parameters())
+        decay = get_ema_multi_avg_fn(config.average)
+        self.average = AveragedModel(energy, multi_avg_fn=decay) if config.average else None
+
+    @property
+    def trained(self) -> nn.Module:
+        """The energy to be used: averaged weights where there are some."""
+        trained: nn.Module = self.average.module if self.average else self.energy
+        return trained
 
     def update(self) -> UpdateStats:
         """One batch: data with noise against persistent chains, one step of the optimizer."""
         config, generator = self.config, self.generator
 
-        # 1. Data X+ with Gaussian noise of size tau_data.
-        picks = torch.randint(
-            len(self.images), (config.batch,), generator=generator, device=self.images.device
-        )
-        data = self.images[picks]
-        noise = torch.randn(data.shape, generator=generator, device=data.device)
-        data = data + config.data_noise * noise
+        # 1. Data X+ with Gaussian noise of size tau_data, and chains from the bank.
+        if config.coupled:
+            slots, states = self.bank.draw(config.batch, generator=generator)
+            places = cast(DataBank, self.bank).origins[slots]
+            data = self.data.at(places, generator=generator)
+        else:
+            data = self.data.at(
+                self.data.places(config.batch, generator=generator), generator=generator
+            )
+            slots, states = self.bank.draw(config.batch, generator=generator)
 
-        # 2. Chains X- from the bank, K steps on, and back into the bank.
-        slots, states = self.bank.draw(config.batch, generator=generator)
+        # 2. The chains go K steps on, to X-, and back into the bank.
         log = ChainLog()
         states = self.chain(self.energy, states, config.langevin, generator=generator, log=log)
         self.bank.write(slots, states)
@@ -100,14 +137,25 @@ class EBMTrainer:
             energy_gap = (data_energies.mean() - chain_energies.mean()) / self.half_tau2
             self.optimizer.zero_grad(set_to_none=True)
             energy_gap.backward()
+        self._set_rate()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.energy)
 
         self.batches_done += 1
         return UpdateStats(energy_gap.detach(), log.mean_gradient_norm())
 
+    def _set_rate(self) -> None:
+        """The learning rate of this update."""
+        rate = self.config.rate(self.batches_done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate if self.config.optimizer == "adam" else rate * self.half_tau2
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on as if never stopped; on a GPU up to rounding."""
+        average = {"average": self.average.state_dict()} if self.average else {}
         return {
+            **average,
             "energy": self.energy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "bank": self.bank.state_dict(),
@@ -118,6 +166,8 @@ class EBMTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` saved, into a trainer made with the same arguments."""
         self.energy.load_state_dict(state["energy"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.bank.load_state_dict(state["bank"])
         self.generator.set_state(state["generator"])

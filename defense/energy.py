@@ -42,6 +42,9 @@ class ConvEnergy(nn.Module):
     x - grad f(x) + tau z. A 3x3 convolution to ``width`` channels, then 4x4 convolutions of stride
     2 that halve the image and double the channels until the side is at most 4, then one convolution
     over what is left to a single number. 32x32x3 with width 32 has the paper's 693,569 parameters.
+
+    ``sigma`` is the noise on the images that it models, in net range: training adds it to the data.
+    None says that it is not known; `defense.langevin.denoised` needs it.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class ConvEnergy(nn.Module):
         channels: int = 3,
         width: int = 32,
         activation: str = "leaky_relu",
+        sigma: float | None = None,
     ) -> None:
         super().__init__()
         self.shape = (channels, image_size, image_size)
@@ -59,9 +63,13 @@ class ConvEnergy(nn.Module):
             "channels": channels,
             "width": width,
             "activation": activation,
+            "sigma": sigma,
         }
+        self.sigma = sigma
         if image_size < 4:
             raise ValueError(f"image_size: expected >= 4, got {image_size}")
+        if sigma is not None and not sigma >= 0:
+            raise ValueError(f"sigma: expected >= 0 or None, got {sigma}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {list(ACTIVATIONS)}, got {activation!r}")
         make_activation = ACTIVATIONS[activation]

@@ -17,7 +17,7 @@ from defense.chain_gradient import (
     run_in_segments,
     smoothed,
 )
-from defense.langevin import Chain, LangevinConfig, langevin
+from defense.langevin import Chain, LangevinConfig, denoised, denoising_factor, langevin
 from defense.pixels import to_net, to_pixels
 from defense.rng import make_generator
 
@@ -53,20 +53,21 @@ class _ThroughChain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, copies: Tensor, defense: "EOTDefense", generator: Generator) -> Tensor:
         ctx.defense = defense
-        purified, ctx.segments = defense.purify_in_segments(copies, generator)
+        purified, ctx.kept = defense.purify_in_segments(copies, generator)
         return purified
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.defense.pull_back(gradient[0], ctx.segments), None, None
+        return ctx.defense.pull_back(gradient[0], ctx.kept), None, None
 
 
 class EOTDefense(nn.Module):
     """Mean logits of H purified replicas: F_H(x) = 1/H sum_h f(T_h(x)) (Hill et al. 2021, eq. 5).
 
     Images (B,C,H,W) in [0, 1] -> logits (B, classes), for any ``classifier`` that maps pixels in
-    [0, 1] to logits. ``config.steps = 0`` with ``replicas = 1`` is the classifier itself. An
+    [0, 1] to logits. ``config.steps = 0`` with ``replicas = 1`` is the classifier itself. With
+    ``config.denoise`` the noise that a chain ends with is taken off before it is classified. An
     attack that asks a module for logits and gradients runs on it as it is. ``gradient`` says what
     it is given: "identity" the BPDA+EOT gradient (eq. 10); "exact" the gradient of these very
     chains, noise and all; "smoothed" the same with the corners of a (leaky) ReLU energy rounded
@@ -101,6 +102,8 @@ class EOTDefense(nn.Module):
             )
         if gradient == "smoothed":
             smoothed(energy, softness)  # or an error, now and not in the middle of an attack
+        if config.denoise:
+            denoising_factor(energy, config.tau)  # the same
         if replicas < 1:
             raise ValueError(f"replicas: expected >= 1, got {replicas}")
         if max_chains < 1:
@@ -138,18 +141,29 @@ class EOTDefense(nn.Module):
             return x.detach()
         generator = generator or self.own_generator(x.device)
         parts = [
-            self.chain(self.energy, to_net(part), self.config, generator=generator)
+            self._without_noise(
+                self.chain(self.energy, to_net(part), self.config, generator=generator)
+            )
             for part in x.detach().split(self.max_chains)
         ]
         return to_pixels(torch.cat(parts))
 
+    def _without_noise(self, end: Tensor) -> Tensor:
+        """What the classifier is shown of the end of a chain, in net range."""
+        if not self.config.denoise:
+            return end
+        return denoised(self.energy, end, self.config.tau, chain=self.chain)
+
     def purify_in_segments(
         self, x: Tensor, generator: Generator
-    ) -> tuple[Tensor, list[list[Segment]]]:
-        """`purify`, with what the way back needs, for each part of at most ``max_chains``."""
-        ends, segments = [], []
+    ) -> tuple[Tensor, list[tuple[list[Segment], Tensor]]]:
+        """`purify`, with what the way back needs, for each part of at most ``max_chains``.
+
+        That are the segments of its chains and where they end.
+        """
+        shown, kept = [], []
         for part in x.detach().split(self.max_chains):
-            end, kept = run_in_segments(
+            end, segments = run_in_segments(
                 self.chain,
                 self.energy,
                 to_net(part),
@@ -157,20 +171,22 @@ class EOTDefense(nn.Module):
                 generator=generator,
                 length=self.segment,
             )
-            ends.append(end)
-            segments.append(kept)
-        return to_pixels(torch.cat(ends)), segments
+            shown.append(self._without_noise(end))
+            kept.append((segments, end))
+        return to_pixels(torch.cat(shown)), kept
 
-    def pull_back(self, v: Tensor, segments: list[list[Segment]]) -> Tensor:
+    def pull_back(self, v: Tensor, kept: list[tuple[list[Segment], Tensor]]) -> Tensor:
         """v^T d(purified)/dx, (N,C,H,W); to net range and back again, scales cancel."""
         energy = self.energy
         if self.gradient == "smoothed":
             energy = smoothed(energy, self.softness)
         pulled = []
-        for part, kept in zip(v.split(self.max_chains), segments, strict=True):
+        for part, (segments, end) in zip(v.split(self.max_chains), kept, strict=True):
             product = self.product(energy, part, self.config.steps)
+            if self.config.denoise:
+                part = part - denoising_factor(energy, self.config.tau) * product(end, part)
             pulled.append(
-                pull_back(self.chain, self.energy, self.config, kept, part, product=product)
+                pull_back(self.chain, self.energy, self.config, segments, part, product=product)
             )
         back = torch.cat(pulled)
         self.chain_moved_gradient |= not torch.equal(back, v)

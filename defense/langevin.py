@@ -24,10 +24,13 @@ class LangevinConfig:
     """One chain: ``steps`` is the paper's K, ``tau`` its step size, in net-range units.
 
     ``tau`` is that of the energy's training: the network returns (tau^2 / 2) U for that very tau.
+    ``denoise`` asks whoever uses the end of the chain to take its noise off (`denoised`); the chain
+    itself does not look at it.
     """
 
     steps: int
     tau: float
+    denoise: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -103,3 +106,33 @@ def langevin(
             states.append(x)
         x = x - gradient + config.tau * noise
     return x
+
+
+def denoised(energy: EnergyFn, x: Tensor, tau: float, *, chain: Chain = langevin) -> Tensor:
+    """The clean image to expect behind each noisy one: x (N,C,H,W) in net range -> the same shape.
+
+    An energy trained on images plus noise N(0, sigma^2) has chains that end with that noise on
+    them. Tweedie's formula (Efron 2011) takes it off in one step,
+
+        E[image | x] = x - sigma^2 dU/dx = x - (2 sigma^2 / tau^2) df/dx,
+
+    if exp(-U) is the density of noisy images. ``energy.sigma`` says sigma; `ValueError` if it does
+    not. ``chain`` computes df/dx: it is asked for one step without noise.
+    """
+    factor = denoising_factor(energy, tau)
+    without_noise = LangevinConfig(1, 0.0)
+    moved = chain(energy, x, without_noise, generator=Generator(x.device))
+    return x + factor * (moved - x)
+
+
+def denoising_factor(energy: EnergyFn, tau: float) -> float:
+    """2 sigma^2 / tau^2: `denoised` moves by so many times -df/dx."""
+    sigma: float | None = getattr(energy, "sigma", None)
+    if sigma is None:
+        raise ValueError(
+            "energy: states no sigma, the noise on its training images, so the ends of its chains "
+            "cannot be denoised; set energy.sigma, or purify without denoising"
+        )
+    if not tau > 0:
+        raise ValueError(f"tau: expected > 0 to denoise, got {tau}")
+    return 2.0 * sigma**2 / tau**2

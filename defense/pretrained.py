@@ -1,30 +1,57 @@
-"""Trained energies from their files: the only module here that reads one."""
+"""Trained networks from their files: the only module here that reads one."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from defense.classifier import WideResNet
 from defense.energy import ConvEnergy
 from defense.inference import freeze
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_energy(path: str | Path) -> tuple[ConvEnergy, float]:
     """A frozen energy on the CPU, and tau, the step size with which it was trained.
 
     ``path`` is a safetensors file of `stochsec train-ebm`, such as those in pretrained/; it says
-    which network it holds. `FileNotFoundError` if it is not there, `ValueError` if it is something
-    else.
+    which network it holds, and with what noise (``energy.sigma``) it was trained.
+    `FileNotFoundError` if it is not there, `ValueError` if it is something else.
+    """
+    energy, about = _load(path, ConvEnergy, "an energy of `stochsec train-ebm`", says=("tau",))
+    return energy, float(about["tau"])
+
+
+def load_classifier(path: str | Path) -> WideResNet:
+    """A frozen classifier on the CPU, pixels in [0, 1] to logits; errors as in `load_energy`.
+
+    ``path`` is a safetensors file of `stochsec train-classifier`, such as those in pretrained/.
+    """
+    return _load(path, WideResNet, "a classifier of `stochsec train-classifier`")[0]
+
+
+def _load(
+    path: str | Path, kind: Callable[..., Network], expected: str, *, says: tuple[str, ...] = ()
+) -> tuple[Network, dict[str, Any]]:
+    """The network that a file describes, with its weights, and the whole description.
+
+    ``says`` are numbers that the description must have.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
+            about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        energy, tau = ConvEnergy(**about["architecture"]), float(about["tau"])
-        energy.load_state_dict(weights)
+        network = kind(**about["architecture"])
+        for name in says:
+            float(about[name])
+        network.load_state_dict(weights)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not an energy of `stochsec train-ebm`: {reason}") from None
-    return freeze(energy), tau
+        raise ValueError(f"{path}: not {expected}: {reason}") from None
+    return freeze(network), about

@@ -17,6 +17,7 @@ from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from defense.eot import EOTDefense
+from defense.losses import margin
 
 METRICS = ("mean_logits", "average", "majority", "worst")
 
@@ -158,3 +159,29 @@ def answer(model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None
 def wrong(model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Tensor:
     """(B,) bool: the mean logits are not y's."""
     return ~is_right(answer(model, x, y, sequential).logits, y)
+
+
+def mean_logit_draws(replica_logits: Tensor, count: int) -> Tensor:
+    """Independent draws of F_H for H = ``count``: (R, ...) -> (R // count, ...).
+
+    Each draw is the mean over its own ``count`` replicas (Hill et al. 2021, Figure 3).
+    """
+    if not 1 <= count <= len(replica_logits):
+        raise ValueError(f"count: expected 1 to {len(replica_logits)}, got {count}")
+    draws = len(replica_logits) // count
+    return replica_logits[: draws * count].view(draws, count, *replica_logits.shape[1:]).mean(1)
+
+
+def safe_and_borderline(replica_logits: Tensor, labels: Tensor) -> Tensor:
+    """Two images that the mean logits get right: the surest and the least sure, as places (2,).
+
+    ``replica_logits`` (R,B,classes), ``labels`` (B,). Sureness is the mean margin of the right
+    class in units of its spread over replicas.
+    """
+    replicas = len(replica_logits)
+    margins = -margin(replica_logits.flatten(0, 1), labels.repeat(replicas)).view(replicas, -1)
+    sureness = margins.mean(0) / margins.std(0)
+    right = is_right(replica_logits.mean(0), labels)
+    safest = torch.where(right, sureness, -torch.inf).argmax()
+    borderline = torch.where(right, sureness, torch.inf).argmin()
+    return torch.stack([safest, borderline])

@@ -29,7 +29,7 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZip
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 images (N,C,S,S), labels (N,) int64 and their places (N,) in the source."""
+    """uint8 images (N,C,S,S), labels (N,) int64 and their places (N,) among all of the source."""
 
     images: Tensor
     labels: Tensor
@@ -67,11 +67,11 @@ def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None
         )
 
 
-def save_images(path: Path, train: Images, test: Images) -> None:
-    """Both splits in one .npz of uint8 (N,C,S,S) arrays."""
+def save_images(path: Path, parts: Mapping[str, Images]) -> None:
+    """The splits (train, test and perhaps held_out) in one .npz of uint8 (N,C,S,S) arrays."""
     arrays = {
         f"{split}_{field.name}": getattr(part, field.name).numpy()
-        for split, part in (("train", train), ("test", test))
+        for split, part in parts.items()
         for field in fields(Images)
     }
     # numpy's own np.savez leaves what the archive's headers say to the version of Python.
@@ -83,8 +83,13 @@ def save_images(path: Path, train: Images, test: Images) -> None:
 
 
 def load_images(path: Path, split: str, section: Dataset, count: int | None = None) -> Images:
-    """The first ``count`` images (None: all) of "train" or "test", as the section says."""
+    """The first ``count`` images (None: all) of "train", "test" or "held_out".
+
+    "test" are the images that are judged: the held-out ones as long as the section says so.
+    """
     require(path, "`stochsec prepare-data`")
+    if split == "test":
+        split = section.judged_on
     try:
         with np.load(path) as arrays:
             parts = [arrays[f"{split}_{field.name}"][:count] for field in fields(Images)]

@@ -74,6 +74,7 @@ def run(
         "attack": attack,
         **plan.defense,
         **params.conditions(attack),
+        "judged_on": params.dataset(dataset).judged_on,
         **hardware.conditions(),
         "subset": subset,
         "files": {role: fingerprint(path) for role, path in plan.inputs.items()},

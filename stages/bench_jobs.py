@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from defense.attack import loss_gradient
-from defense.bank import CompactBank
+from defense.bank import CompactBank, NoisyImages
 from defense.classifier import WideResNet
 from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer
 from defense.compiled import CompiledLangevin
@@ -181,8 +181,9 @@ def ours(job: Job, engine: str, precision: Precision) -> Work:
 
     if job.task == "ebm_update":
         bank = CompactBank(torch.rand_like(x))
-        about = EBMTrainConfig("adam", RATE, job.batch, TAU, config, precision)
-        return EBMTrainer(job.energy(), x, bank, about, generator=generator, chain=chain).update
+        about = EBMTrainConfig("adam", RATE, job.batch, config, precision)
+        data = NoisyImages(x, TAU)
+        return EBMTrainer(job.energy(), data, bank, about, generator=generator, chain=chain).update
 
     if job.task == "attack_step":
         classifier = freeze(job.classifier().to(memory_format=torch.channels_last))

@@ -10,11 +10,12 @@ from torch import Tensor
 from defense.attack import AttackConfig
 from defense.diagnostics import energies, states_at
 from defense.inference import classify
-from defense.pixels import from_bytes, to_net, to_pixels
+from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages.artifacts import AttackResult, Images, load_images, save_tensors
 from stages.attack import bpda_eot
 from stages.console import Track, say
+from stages.energies import pixels_shown
 from stages.hardware import Hardware
 from stages.models import Nets, sequential, threat
 from stages.params import MODELS, Params
@@ -41,11 +42,12 @@ def run(
     data = load_images(images, "test", params.dataset(dataset), compare.images)
     adversarial = AttackResult.load(pgd).of_pgd(data, pgd)
     about = {"run": params.run, "dataset": dataset, **compare.model_dump()}
+    about |= {"denoise": params.langevin.denoise}
     inputs = {"images": images, "classifier": classifier, "pgd": pgd, **models}
 
     def key(p: Params) -> object:
         data, early = p.data[dataset], p.evaluate.early_verdicts
-        nets = p.classifier, p.energy, p.langevin.precision
+        nets = p.classifier, p.energy, p.langevin.precision, p.langevin.denoise
         return p.seed, dataset, data, nets, p.attack, p.compare, early
 
     work: list[tuple[str, Piece]] = []
@@ -124,8 +126,9 @@ def along(nets: Nets, purpose: str, pixels: Tensor) -> dict[str, Tensor]:
         max_chains=batch,
     )
     logits, levels = [], []
-    for state in states:
-        replicas = classify(nets.classifier, to_pixels(state), batch=batch)
+    for steps, state in zip(compare.K, states, strict=True):
+        pixels = pixels_shown(params, nets.dataset, nets.hardware, nets.energy, state, steps)
+        replicas = classify(nets.classifier, pixels, batch=batch)
         logits.append(replicas.view(compare.replicas, count, -1).mean(0))
         level = energies(nets.energy, state, tau=tau, batch=batch)
         levels.append(level.view(compare.replicas, count).mean(0))

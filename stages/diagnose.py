@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.diagnostics import safe_and_borderline, states_at
+from defense.diagnostics import states_at
 from defense.inference import classify
-from defense.pixels import from_bytes, to_net, to_pixels
+from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
+from defense.verdict import safe_and_borderline
 from stages.artifacts import AttackResult, Images, load_images, save_tensors
 from stages.console import say
+from stages.energies import pixels_shown
 from stages.hardware import Hardware
 from stages.models import Nets
 from stages.params import Params
@@ -93,6 +95,7 @@ def idea(nets: Nets, data: Images, adversarial: Tensor) -> dict[str, Tensor]:
         generator=make_generator(params.seed, nets.dataset, "diagnose", "chains", device=device),
         max_chains=batch,
     )
+    ends = pixels_shown(params, nets.dataset, nets.hardware, nets.energy, states[-1], langevin.K)
     return {
         "natural": to_net(pixels[chosen]),
         "adversarial": to_net(adversarial[chosen]),
@@ -100,7 +103,7 @@ def idea(nets: Nets, data: Images, adversarial: Tensor) -> dict[str, Tensor]:
         "natural_logits": classify(nets.classifier, pixels[chosen][None], batch=1)[0],
         "adversarial_logits": bare[chosen],
         "states": states[:, :COPIES],
-        "replica_logits": classify(nets.classifier, to_pixels(states[-1]), batch=batch),
+        "replica_logits": classify(nets.classifier, ends, batch=batch),
         "grid": torch.tensor(idea_grid(langevin.K)),
     }
 

@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from defense.energy import ConvEnergy
 from defense.inference import freeze
+from defense.langevin import denoised
+from defense.pixels import to_pixels
 from stages import StageError
 from stages.artifacts import load_network
+from stages.engine import choose_chain
 from stages.hardware import Hardware
 from stages.params import SMOOTH, Params
 
@@ -19,6 +25,7 @@ def new_energy(params: Params, dataset: str, phase: str) -> ConvEnergy:
         channels=data.channels,
         width=energy.width,
         activation=energy.smooth_activation if smooth else energy.activation,
+        sigma=data.data_noise,
     )
 
 
@@ -31,3 +38,23 @@ def load_energy(params: Params, dataset: str, hardware: Hardware, path: Path) ->
     if energy.shape != expected:
         raise StageError(f"{path}: expected an energy of images {expected}, got {energy.shape}")
     return freeze(energy.to(hardware.device))
+
+
+def pixels_shown(
+    params: Params,
+    dataset: str,
+    hardware: Hardware,
+    energy: ConvEnergy,
+    states: Tensor,
+    steps: int,
+) -> Tensor:
+    """What a classifier is shown of chains that may go on: their states after so many steps.
+
+    (N,C,S,S) in net range -> pixels. After 0 steps these are the images themselves.
+    """
+    if not params.langevin.denoise or steps == 0:
+        return to_pixels(states)
+    tau, precision = params.dataset(dataset).tau, params.langevin.precision
+    chain = choose_chain(energy, steps, precision, hardware)
+    parts = states.split(hardware.max_chains)
+    return to_pixels(torch.cat([denoised(energy, part, tau, chain=chain) for part in parts]))

@@ -16,13 +16,13 @@ from defense.frechet import (
     inception_features,
     inception_weights,
 )
-from defense.pixels import from_bytes, to_net, to_pixels
+from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages import StageError
 from stages.artifacts import load_images, save_tensors
 from stages.classifiers import load_classifier
 from stages.console import Track, say
-from stages.energies import load_energy
+from stages.energies import load_energy, pixels_shown
 from stages.engine import choose_chain
 from stages.files import fingerprint
 from stages.hardware import Hardware
@@ -56,7 +56,8 @@ def run(
     }
 
     def key(p: Params) -> object:
-        return p.seed, dataset, kind, p.data[dataset].tau, p.langevin.precision, p.fid
+        chain = p.data[dataset].tau, p.langevin.precision, p.langevin.denoise
+        return p.seed, dataset, kind, chain, p.fid
 
     inputs = {"images": images, "classifier": classifier, **models}
     with (
@@ -69,7 +70,7 @@ def run(
             tensors[model] = scratch.piece(model, work)["distances"]
             track.advance(watch=f"{model} {float(tensors[model][-1]):.1f}")
         about = {"run": params.run, "dataset": dataset, **section.model_dump()}
-        about |= {"measured_with": kind}
+        about |= {"measured_with": kind, "denoise": params.langevin.denoise}
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     for model in MODELS:
@@ -122,7 +123,10 @@ def along(
         max_chains=hardware.max_chains,
     )
     try:
-        distances = [frechet_distance(features(to_pixels(state)), there) for state in states]
+        distances = []
+        for after, state in zip(steps, states, strict=True):
+            pixels = pixels_shown(params, dataset, hardware, network, state, after)
+            distances.append(frechet_distance(features(pixels), there))
     except ValueError as error:  # of chains that diverge
         raise StageError(f"fid: {model}: {error}") from None
     return {"distances": torch.tensor(distances)}

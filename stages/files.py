@@ -113,12 +113,7 @@ class WholeFolder:
 
     def __init__(self, path: Path, mark: str) -> None:
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise StageError(f"{path}: expected a folder")
-        if path.is_dir() and any(path.iterdir()) and not (path / mark).exists():
-            raise StageError(
-                f"{path}: is not empty and has no {mark}, so nothing is written over it"
-            )
+        refuse_foreign(path, mark)
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> Path:
@@ -135,6 +130,14 @@ class WholeFolder:
             shutil.rmtree(old, ignore_errors=True)
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def refuse_foreign(path: Path, mark: str) -> None:
+    """`StageError` for what is no folder of ours: ours are empty or hold the file ``mark``."""
+    if path.exists() and not path.is_dir():
+        raise StageError(f"{path}: expected a folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).exists():
+        raise StageError(f"{path}: is not empty and has no {mark}, so nothing is written over it")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -189,6 +189,14 @@ def convergence(inspected: dict[str, torch.Tensor]) -> str:
         + ", ".join(f"{value:+.1f} (from {start})" for start, value in away.items())
         + " standard deviations from that of the persistent chains"
     )
+    changes = {
+        who.removesuffix("/changes"): values.tolist()
+        for who, values in inspected.items()
+        if who.endswith("/changes")
+    }
+    shown = inspected["levels_grid"].tolist()
+    text += f"; chains from noisy images leave their level within {shown[-1]} steps by at most "
+    text += ", ".join(f"{max(c, key=abs):+.0f} nats ({who})" for who, c in changes.items())
     if not all(abs(value) <= FAR for value in away.values()):  # nor if one is not a number
         return f"FLAG: not convergent: {text}"
     return f"convergent: {text}"

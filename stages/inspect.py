@@ -1,7 +1,13 @@
-"""Stage 6: is an energy convergent? Where its chains go, and at what energies."""
+"""Stage 6: is an energy convergent? Where its chains go, and at what energies.
+
+Long chains from test images, persistent states and noise should end at one level of energy. Chains
+from noisy images should stay at the level of these, from the first steps on: see
+`defense.diagnostics.level_changes` for what it means if they do not.
+"""
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +24,11 @@ from stages.energies import load_energy
 from stages.engine import choose_chain
 from stages.findings import STARTS, convergence
 from stages.hardware import Hardware
+from stages.levels import level_changes_of
 from stages.params import Params
 from stages.resume import Scratch
 
+SPLITS = ("train", "test")
 SAMPLES = 12  # chains in the picture
 LEVELS = 500  # images, states and noise in the histogram of energies
 
@@ -40,11 +48,14 @@ def run(
     section, count = params.dataset(dataset), params.inspect.chains
     network = load_energy(params, dataset, hardware, energy)
     made_by = f"`stochsec train-ebm {dataset} {phase}`"
-    bank = persistent(state, made_by, hardware, network.shape)
-    train, test = (
-        to_net(from_bytes(load_images(images, split, section).images[:LEVELS]))
-        for split in ("train", "test")
-    )
+    saved = load_state(state, made_by, hardware.device)
+    bank = persistent(saved, state, hardware, network.shape)
+    all_train, all_test = (load_images(images, split, section).images for split in SPLITS)
+    train, test = (to_net(from_bytes(x[:LEVELS])) for x in (all_train, all_test))
+    sets = {"training images": train[:count], "test images": test[:count]}
+    if "origins" in saved["bank"]:
+        origins = saved["bank"]["origins"][:count].cpu() % len(all_train)
+        sets["images of the bank"] = to_net(from_bytes(all_train[origins]))
     generator = make_generator(params.seed, dataset, "inspect", device=hardware.device)
     noise = 2 * torch.rand(test.shape, generator=generator, device=hardware.device) - 1
     seen = train.to(hardware.device)  # as training sees it
@@ -64,22 +75,35 @@ def run(
     tensors: dict[str, Tensor] = {f"{name}/levels": value for name, value in levels.items()}
     with (
         Scratch(f"inspect-{dataset}-{phase}", params, key, inputs, hardware) as scratch,
-        Track(f"inspect {dataset} {phase}", len(starts), unit="starts") as track,
+        Track(f"inspect {dataset} {phase}", len(starts) + len(sets), unit="starts") as track,
     ):
         for name, x in starts.items():
             work = partial(follow, params, dataset, hardware, network, name, x[:count])
             tensors |= scratch.piece(name.replace(" ", "-"), work)
             track.advance(watch=name)
+        for name, x in sets.items():
+            work = partial(changes, params, dataset, hardware, network, name, x)
+            tensors |= scratch.piece(f"{name.replace(' ', '-')}-levels", work)
+            track.advance(watch=name)
         tensors["grid"] = torch.tensor(grid(params))
+        tensors["levels_grid"] = torch.tensor(params.inspect.levels)
         about = {"run": params.run, "dataset": dataset, "phase": phase, "K": params.langevin.K}
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     say(f"inspect {dataset} {phase}: {convergence(tensors)}")
 
 
-def persistent(state: Path, made_by: str, hardware: Hardware, shape: tuple[int, ...]) -> Tensor:
+def changes(
+    params: Params, dataset: str, hardware: Hardware, network: ConvEnergy, who: str, x: Tensor
+) -> dict[str, Tensor]:
+    """How far chains from noisy images x (N,C,S,S) leave the level of these: (G,) in nats."""
+    return {f"{who}/changes": level_changes_of(params, dataset, hardware, network, x, who)}
+
+
+def persistent(
+    saved: dict[str, Any], state: Path, hardware: Hardware, shape: tuple[int, ...]
+) -> Tensor:
     """The states of the persistent chains at the end of training, (M,C,S,S) in net range."""
-    saved = load_state(state, made_by, hardware.device)
     try:
         bank = CompactBank.from_state_dict(saved["bank"])
         states = bank.read(torch.arange(min(LEVELS, len(bank)), device=hardware.device))

@@ -15,6 +15,7 @@ from defense.langevin import Chain, LangevinConfig
 from defense.threat import ThreatModel
 from defense.verdict import Sequential
 from defense.written_hessian import written_product
+from stages import StageError
 from stages.classifiers import load_classifier
 from stages.energies import load_energy
 from stages.engine import choose_chain
@@ -46,13 +47,19 @@ class Nets:
         classifier: Path,
         energy: Path,
     ) -> "Nets":
-        """From the weights of both."""
+        """From the weights of both; `StageError` for an energy whose ends cannot be denoised."""
+        network = load_energy(params, dataset, hardware, energy)
+        if params.langevin.denoise and network.sigma is None:
+            raise StageError(
+                f"{energy}: does not say the noise (sigma) on its training images, which "
+                "langevin.denoise needs; train it again, or set langevin.denoise to false"
+            )
         return cls(
             params,
             dataset,
             hardware,
             load_classifier(params, dataset, hardware, classifier),
-            load_energy(params, dataset, hardware, energy),
+            network,
         )
 
     def chain(self, steps: int) -> Chain:
@@ -75,7 +82,9 @@ class Nets:
         return EOTDefense(
             self.classifier,
             self.energy,
-            LangevinConfig(steps, self.params.dataset(self.dataset).tau),
+            LangevinConfig(
+                steps, self.params.dataset(self.dataset).tau, self.params.langevin.denoise
+            ),
             replicas=replicas,
             max_chains=self.hardware.max_chains,
             seed=f"{self.params.seed}/{self.dataset}/{purpose}",

@@ -193,7 +193,7 @@ class Params(Section):
             table = attack in TABLE_ATTACKS
             shown |= {"K": steps, "H_def": section.transfer.replicas if table else langevin.H_def}
         if attack not in PGD_ATTACKS:
-            shown["precision"] = langevin.precision
+            shown |= {"precision": langevin.precision, "denoise": langevin.denoise}
             shown |= {f"sequential_{k}": v for k, v in section.sequential.model_dump().items()}
             shown["early_verdicts"] = self.early_verdicts(attack)
         return shown
@@ -205,6 +205,7 @@ class Params(Section):
             **self.sweep.model_dump(),
             "K": self.langevin.K,
             "precision": self.langevin.precision,
+            "denoise": self.langevin.denoise,
             "step_share": self.step_share,
             "norm": attack.norm,
             "eps_255": attack.eps_255,

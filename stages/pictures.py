@@ -82,10 +82,14 @@ def energy_page(
     figure = Figure(figsize=(9.0, 7.2))
     figure.text(0.01, 0.99, fill(verdict, 120), fontsize=9, weight="bold", va="top")
     # Fixed places: a layout that is solved for differs in its last digits from run to run.
-    above = figure.add_gridspec(2, 2, left=0.07, right=0.99, top=0.89, bottom=0.40, hspace=0.5)
+    above = figure.add_gridspec(
+        2, 3, left=0.07, right=0.99, top=0.89, bottom=0.40, hspace=0.5, wspace=0.35
+    )
     below = figure.add_gridspec(len(strips) // 2, 2, left=0.01, right=0.99, top=0.31, bottom=0)
-    gap, norm, along, levels = np.ravel(np.asarray(above.subplots()))
+    gap, norm, change = (figure.add_subplot(above[0, i]) for i in range(3))
+    along, levels = figure.add_subplot(above[1, :2]), figure.add_subplot(above[1, 2])
     _training(gap, norm, history)
+    _changes(change, inspected)
     for start, colour in STARTS_SHOWN.items():
         energies = inspected[f"{start}/energies"].numpy()
         along.plot(grid, energies.mean(1), color=colour, marker="o", ms=3, label=f"from {start}")
@@ -116,6 +120,21 @@ def energy_page(
     for ax, (title, states) in zip(np.ravel(np.asarray(below.subplots())), strips, strict=True):
         show(ax, states, title)
     return figure
+
+
+def _changes(ax: Axes, inspected: dict[str, Tensor]) -> None:
+    """How far chains from noisy images leave the level of these, for images of several kinds."""
+    steps = inspected["levels_grid"].tolist()
+    colours = {"images of the bank": GREEN, "training images": BLUE, "test images": ORANGE}
+    for who, colour in colours.items():
+        if f"{who}/changes" in inspected:
+            values = inspected[f"{who}/changes"].tolist()
+            ax.plot(steps, values, color=colour, marker="o", ms=3, label=who)
+    ax.axhline(0, color=GREY, ls=":", lw=1)
+    ax.set_xscale("log")
+    ax.set(xlabel="Langevin steps", ylabel="U - U(noisy images)  [nats]")
+    ax.set_title("level of chains from noisy images")
+    ax.legend()
 
 
 def _training(gap: Axes, norm: Axes, history: pd.DataFrame) -> None:

@@ -1,5 +1,11 @@
-"""Stage 1: images from a source into one file, checked, in a fixed random order."""
+"""Stage 1: images from a source into one file, checked, in a fixed random order.
 
+The order depends on the images alone: what is not embedded is sorted by the sha256 of its pixels
+before it is shuffled, so that "the first 1,000 test images" are the same for everybody, whatever
+order their copy of a dataset came in.
+"""
+
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +26,41 @@ def run(params: Params, dataset: str, out: Path) -> None:
     """Read, check, shuffle and write both splits of a dataset."""
     section = params.dataset(dataset)
     root = Path(section.path or f"data/{dataset}")
-    parts = []
+    parts: dict[str, Images] = {}
     for split in SPLITS:
         images, labels, origin = read_split(section, dataset, root, split)
         check(images, labels, section, origin)
+        if section.source != "embedded":
+            by_pixels = sorted_by_pixels(images, labels)
+            images, labels = images[by_pixels], labels[by_pixels]
         # A random order, fixed for ever, so that the first n images are a fair sample.
         order = torch.randperm(len(labels), generator=make_generator(0, "order", dataset, split))
+        if split == "train" and section.held_out:
+            order, held_out = order[: -section.held_out], order[-section.held_out :]
+            parts["held_out"] = Images(images[held_out], labels[held_out], held_out)
         count = section.train_images if split == "train" else section.test_images
-        if count is not None and count > len(labels):
-            raise StageError(f"{origin}: expected at least {count} images, got {len(labels)}")
+        if len(order) < (count or 1):
+            raise StageError(
+                f"{origin}: expected at least {count or 1} images besides those held out, "
+                f"got {len(order)}"
+            )
         order = order[:count]
         if dataset == params.compare_dataset and len(order) < params.fid.images:
             raise StageError(
                 f"fid.images: expected <= {len(order)} {split} images, got {params.fid.images}"
             )
-        parts.append(Images(images[order], labels[order], order))
+        parts[split] = Images(images[order], labels[order], order)
         say(f"{dataset} {split}: {len(order)} of {len(labels)} images from {origin}")
-    save_images(out, *parts)
+    save_images(out, parts)
+
+
+def sorted_by_pixels(images: Tensor, labels: Tensor) -> list[int]:
+    """Places of images (N,C,H,W) in the order of their sha256; equal ones by their label."""
+    keys = [
+        (hashlib.sha256(image.numpy().tobytes()).digest(), label)
+        for image, label in zip(images.contiguous(), labels.tolist(), strict=True)
+    ]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def read_split(

@@ -1,6 +1,8 @@
-"""Stage 9: trained energies with a card that says what they are."""
+"""Stage 9: trained networks with a card that says what they are."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -9,13 +11,21 @@ from defense.energy import ConvEnergy
 from stages import StageError, pictures, presets, rows, style
 from stages.artifacts import AttackResult, about_of, load_tensors
 from stages.console import say
-from stages.files import Paths, WholeFolder, fingerprint, readable, write_text
+from stages.files import (
+    Paths,
+    Whole,
+    classifier_name,
+    fingerprint,
+    readable,
+    refuse_foreign,
+    write_text,
+)
 from stages.findings import convergence
-from stages.params import EVALUATED, SMOOTH, Params, validate_params
+from stages.params import INSPECTED, PGD_ATTACKS, SMOOTH, TRAININGS, Params, validate_params
 from stages.provenance import import_of, is_imported
 from stages.report import found, judged, record
 
-INDEX = "energies.json"  # what each file says of itself
+INDEX = "index.json"  # what each file says of itself
 
 HOW_TO_LOAD = """\
 ```python
@@ -23,41 +33,72 @@ from defense import CompiledLangevin, EOTDefense, LangevinConfig, load_energy
 
 energy, tau = load_energy("{path}")
 defended = EOTDefense(
-    classifier, energy, LangevinConfig({K}, tau), replicas={H_def}, chain=CompiledLangevin()
+    classifier, energy, {config}, replicas={H_def}, chain={chain}
 )
 ```
 """
 
 
 def run(params: Params, out: Path) -> None:
-    """Weights, picture and card of every convergent energy of the run that was trained."""
-    trained = [
+    """Weights and card of every network of the run that was trained; of energies a picture, too.
+
+    What an earlier run has written is replaced. Other files in the folder stay as they are.
+    """
+    every = [Paths(params.run, dataset) for dataset in params.datasets]
+    energies = [
         (paths, phase)
-        for paths in (Paths(params.run, dataset) for dataset in params.datasets)
-        for phase in EVALUATED
+        for paths in every
+        for phase in INSPECTED
         if paths.model(f"ebm_{phase}").exists()
     ]
-    if not trained:
+    classifiers = [
+        (paths, training)
+        for paths in every
+        for training in TRAININGS
+        if paths.classifier(training).exists()
+    ]
+    if not energies:
         raise StageError(f"artifacts/{params.run}/models: no energies to publish")
-    with WholeFolder(out, INDEX) as partial:
+    refuse_foreign(out, INDEX)
+    with tempfile.TemporaryDirectory() as temporary:
+        fresh = Path(temporary)
         index, sections = {}, []
-        for paths, phase in trained:
-            name = f"{paths.dataset}_{phase}"
-            sections.append(card(params, paths, phase, partial, out))
-            index[name] = about_of(paths.model(f"ebm_{phase}"))
+        for paths, phase in energies:
+            sections.append(energy_card(params, paths, phase, fresh, out))
+            index[f"{paths.dataset}_{phase}"] = about_of(paths.model(f"ebm_{phase}"))
+        for paths, training in classifiers:
+            name = f"{paths.dataset}_{classifier_name(training)}"
+            sections.append(classifier_card(params, paths, training, fresh, out))
+            index[name] = about_of(paths.classifier(training))
         lines = [
-            f"# Energies of run {params.run}",
+            f"# Networks of run {params.run}",
             "",
-            "`ConvEnergy` networks (Nijkamp et al. 2019) trained by Algorithm 2 of Hill et al. "
-            "(2021). Each purifies images of its own dataset, with the tau it was trained with, "
-            "which the file says. `classifier` is yours: pixels in [0, 1] to logits.",
+            "`ConvEnergy` networks (Nijkamp et al. 2019), trained as Algorithm 2 of Hill et al. "
+            "(2021) does. Each purifies images of its own dataset, with the tau it was trained "
+            "with, which the file says. `classifier` is yours, pixels in [0, 1] to logits, or one "
+            "of the Wide ResNets below.",
             "",
             f"Recipe: the workflow with {parameters(params)}.",
             "",
         ]
-        write_text(partial / "README.md", "\n".join([*lines, *sections]))
-        write_text(partial / INDEX, json.dumps(index, indent=2) + "\n")
+        write_text(fresh / "README.md", "\n".join([*lines, *sections]))
+        write_text(fresh / INDEX, json.dumps(index, indent=2) + "\n")
+        out.mkdir(parents=True, exist_ok=True)
+        for old in written_before(out) - {path.name for path in fresh.iterdir()}:
+            (out / old).unlink(missing_ok=True)
+        for path in fresh.iterdir():
+            with Whole(out / path.name) as partial:
+                shutil.copyfile(path, partial)
     say(f"publish: {out} ({readable(out)})")
+
+
+def written_before(out: Path) -> set[str]:
+    """The files that the last `publish` left in a folder, by its index; none without an index."""
+    try:
+        names = json.loads((out / INDEX).read_text())
+    except (OSError, ValueError):
+        return set()
+    return {f"{Path(name).name}.{kind}" for name in names for kind in ("safetensors", "png")}
 
 
 def parameters(params: Params) -> str:
@@ -79,26 +120,64 @@ def made_by(weights: Path, params: Params) -> str:
     return f"that of this folder, `git log -1 -- pretrained/{params.run}`"
 
 
-def card(params: Params, paths: Paths, phase: str, out: Path, shown: Path) -> str:
+def classifier_card(params: Params, paths: Paths, training: str, out: Path, shown: Path) -> str:
+    """One classifier into ``out``; its section of the card, which calls the folder ``shown``."""
+    name, section = f"{paths.dataset}_{classifier_name(training)}", params.data[paths.dataset]
+    weights = paths.classifier(training)
+    copy = out / f"{name}.safetensors"
+    shutil.copyfile(weights, copy)
+    count = sum(value.numel() for value in load_tensors(weights)[0].values())
+    size, recipe = params.classifier, section.classifier
+    schedule = recipe if training == "natural" else section.adversarial
+    facts = {
+        "network": f"Wide ResNet {size.depth}-{size.width}, {count:,} parameters",
+        "sha256": f"{fingerprint(copy)}... ({readable(copy)})",
+        "commit": made_by(weights, params),
+        "data": training_images(params, paths.dataset),
+        "recipe": f"{schedule.epochs} epochs in batches of {recipe.batch}, {schedule.schedule} "
+        f"learning rate up to {schedule.learning_rate:g}; {recipe.precision}",
+    }
+    if training == "adversarial":
+        adversary = section.adversarial
+        facts["recipe"] += (
+            f"; every batch moved by {adversary.steps} steps of {adversary.step_255:g}/255 from a "
+            f"random point of the l_inf ball of {adversary.eps_255:g}/255"
+        )
+    attack = {training: name for name, training in PGD_ATTACKS.items()}[training]
+    attacked = judged(paths.record(attack), params, attack)
+    if attacked is not None:
+        right = rows.accuracies(attacked, params.evaluate.draws)
+        facts["natural images"] = with_conditions(right["natural"], attacked)
+        facts["PGD"] = with_conditions(right["adversarial"], attacked)
+    code = f'```python\nclassifier = load_classifier("{(shown / copy.name).as_posix()}")\n```\n'
+    lines = [f"- {label}: {text}" for label, text in facts.items()]
+    return "\n".join([f"## {name}", "", *lines, "", code])
+
+
+def training_images(params: Params, dataset: str) -> str:
+    """What the networks of a dataset were trained on."""
+    section = params.data[dataset]
+    number = f"{section.train_images:,}" if section.train_images else "all"
+    held_out = f" but {section.held_out:,} held out" if section.held_out else ""
+    return f"training images of {dataset} ({section.source}, {number}{held_out})"
+
+
+def energy_card(params: Params, paths: Paths, phase: str, out: Path, shown: Path) -> str:
     """One energy into ``out``; its section of the card, which calls the folder ``shown``."""
     name, section = f"{paths.dataset}_{phase}", params.data[paths.dataset]
     weights = paths.model(f"ebm_{phase}")
     tensors, about = load_tensors(weights)
     copy = out / f"{name}.safetensors"
     copy.write_bytes(weights.read_bytes())
-    network, ebm = ConvEnergy(**about["architecture"]), params.ebm
+    network = ConvEnergy(**about["architecture"])
     count = sum(value.numel() for value in tensors.values())
     shape = "x".join(map(str, network.shape))
     facts = {
         "network": f"{count:,} parameters, images {shape}, {about['architecture']['activation']}",
         "sha256": f"{fingerprint(copy)}... ({readable(copy)})",
         "commit": made_by(weights, params),
-        "data": f"training images of {paths.dataset} ({section.source}"
-        f"{f', {section.train_images:,}' if section.train_images else ', all'}), with noise "
-        f"{section.data_noise:g}",
-        "recipe": f"batches of {ebm.batch}, {ebm.steps} Langevin steps each, tau {section.tau:g}; "
-        f"{ebm.adam_batches:,} with Adam at {section.adam_lr:g}, then {ebm.sgd_batches:,} with SGD "
-        f"at {section.sgd_lr:g}; {ebm.precision}",
+        "data": f"{training_images(params, paths.dataset)}, with noise {section.data_noise:g}",
+        "recipe": recipe(params, paths.dataset, phase),
     }
     inspected = record(paths.record(f"inspect_{phase}"), {"K": params.langevin.K})
     picture = ""
@@ -111,11 +190,40 @@ def card(params: Params, paths: Paths, phase: str, out: Path, shown: Path) -> st
     for label, accuracy in defended(params, paths, phase).items():
         facts[label] = accuracy
     langevin = params.langevin
+    denoise = ", denoise=True" if langevin.denoise else ""
+    low = "" if langevin.precision == "float32" else f'precision="{langevin.precision}"'
     code = HOW_TO_LOAD.format(
-        path=(shown / copy.name).as_posix(), K=langevin.K, H_def=langevin.H_def
+        path=(shown / copy.name).as_posix(),
+        config=f"LangevinConfig({langevin.K}, tau{denoise})",
+        H_def=langevin.H_def,
+        chain=f"CompiledLangevin({low})",
     )
     lines = [f"- {label}: {text}" for label, text in facts.items()]
     return "\n".join([f"## {name}", "", *lines, "", code, picture])
+
+
+def recipe(params: Params, dataset: str, phase: str) -> str:
+    """How an energy was trained, in words."""
+    ebm, section = params.ebm, params.data[dataset]
+    chains = "chains from uniform noise, as many as training images"
+    if ebm.bank:
+        lives = f" that live {ebm.life} visits" if ebm.life else ""
+        pairs = ", coupled with the data" if ebm.coupled else ""
+        chains = f"{ebm.bank:,} chains from noisy images{lives}{pairs}"
+    falling = ebm.phase_2 == "cosine"
+    second = {
+        "convergent": "Adam at a rate that falls to zero"
+        if falling
+        else f"SGD at {section.sgd_lr:g}",
+        "nonconvergent": "the same",
+    }[phase.removeprefix(SMOOTH)]
+    more = "; mirrored images" if ebm.mirror else ""
+    more += f"; averaged weights ({ebm.average:g})" if ebm.average else ""
+    return (
+        f"batches of {ebm.batch}, {ebm.steps} Langevin steps each, tau {section.tau:g}; {chains}; "
+        f"{ebm.phase_1_batches:,} with Adam at {section.adam_lr:g}, then {ebm.phase_2_batches:,} "
+        f"with {second}{more}; {ebm.precision}"
+    )
 
 
 def defended(params: Params, paths: Paths, phase: str) -> dict[str, str]:
@@ -124,8 +232,10 @@ def defended(params: Params, paths: Paths, phase: str) -> dict[str, str]:
         folder = paths.evaluation(phase)
         usual = [name for name, named in params.evaluate.attacks.items() if named.scale == 1]
         places = {name: folder / f"{name}.safetensors" for name in usual}
-    else:
+    elif phase == "convergent":
         places = {name: paths.record(name) for name in ("transfer_K", "bpda_eot")}
+    else:
+        places = {}
     results = found(judged(path, params, name) for name, path in places.items())
     said: dict[str, str] = {}
     for result in results:
@@ -139,4 +249,6 @@ def defended(params: Params, paths: Paths, phase: str) -> dict[str, str]:
 def with_conditions(accuracy: rows.Accuracy, result: AttackResult) -> str:
     """An accuracy with its n and the radius it holds at."""
     about = result.about
-    return f"{accuracy} n={accuracy.n}, K={about['K']}, {about['norm']} {about['eps_255']:g}/255"
+    chain = f"K={about['K']}, " if "K" in about else ""
+    held_out = ", held-out images" if about["judged_on"] == "held_out" else ""
+    return f"{accuracy} n={accuracy.n}, {chain}{about['norm']} {about['eps_255']:g}/255{held_out}"

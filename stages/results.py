@@ -10,28 +10,32 @@ from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from defense.pretrained import load_energy
+from defense.pretrained import load_classifier, load_energy
 from stages import StageError, report
 from stages.artifacts import AttackResult, Images, about_of, load_images, load_tensors
 from stages.console import say
-from stages.files import Paths, Whole, WholeFolder, fingerprint, readable, reports
+from stages.files import Paths, Whole, WholeFolder, classifier_name, fingerprint, readable, reports
 from stages.hardware import Hardware
-from stages.params import PHASES, Params, load_params
+from stages.params import PHASES, TRAININGS, Params, load_params
 from stages.provenance import IMPORTED, as_yaml, here
 from stages.sections import NAME
 
 MANIFEST, PARAMS = "manifest.json", "params.yaml"
+LARGEST = 16_000_000  # bytes of a classifier that travels; WRN-28-10 has 146 million
 
 
 def pack(params: Params, hardware: Hardware, out: Path) -> None:
-    """Records, histories and energies of a run in one file, with the hash of each.
+    """Records, histories, energies and classifiers of a run in one file, with the hash of each.
 
-    Classifiers, images, training states and snapshots are too large to travel with every result:
-    the records have the hashes of those that they were made of.
+    Images, training states, snapshots and classifiers of more than `LARGEST` bytes do not travel
+    with every result: the records have the hashes of those that they were made of.
     """
     root = Path(f"artifacts/{params.run}")
     found = sorted(path for kind in ("records", "models") for path in root.glob(f"{kind}/**/*"))
     files = [path for path in found if belongs(PurePosixPath(path.relative_to(root)))]
+    for large in [path for path in files if is_large_classifier(path)]:
+        files.remove(large)
+        say(f"export: {large} ({readable(large)}) is too large to travel and stays here")
     if not any(path.is_relative_to(root / "records") for path in files):
         raise StageError(f"{root / 'records'}: no records to export")
     contents = {str(path.relative_to(root)): path.read_bytes() for path in files}
@@ -62,9 +66,9 @@ def unpack(path: Path, *, force: bool) -> None:
         if params.run != manifest["run"]:
             raise StageError(f"{path}: says run {manifest['run']}, its parameters {params.run}")
         theirs, ours = (base / f"artifacts/{params.run}" for base in (root, Path()))
-        taken = [place for place in replaced(theirs, ours) if place.exists()]
+        taken = in_the_way(theirs, ours)
         if taken and not force:
-            raise StageError(f"{taken[0]}: is there already; --force replaces it")
+            raise StageError(f"{taken[0]}: is there already; --force moves it aside")
         shown = WholeFolder(reports(params.run), "provenance.json")
         theirs.joinpath("records", IMPORTED).write_text(json.dumps(manifest, indent=2) + "\n")
         try:
@@ -72,8 +76,8 @@ def unpack(path: Path, *, force: bool) -> None:
             report.run(params, root / "report", root)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise StageError(f"{path}: a record is not what it should be ({error!r})") from None
-        for place in taken:
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        if taken:
+            say(f"import: what was there is now in {set_aside(taken, ours)}")
         shutil.copytree(theirs, ours, dirs_exist_ok=True)
         with shown as partial:
             shutil.copytree(root / "report", partial, dirs_exist_ok=True)
@@ -83,14 +87,26 @@ def unpack(path: Path, *, force: bool) -> None:
     )
 
 
-def replaced(theirs: Path, ours: Path) -> list[Path]:
-    """What an import takes the place of: all records; other energies, and their training states."""
+def in_the_way(theirs: Path, ours: Path) -> list[Path]:
+    """What an import cannot leave beside it: all records; other networks, their training states."""
     places = [ours / "records"]
     for weights in theirs.glob("models/*/*.safetensors"):
         mine = ours / weights.relative_to(theirs)
         if mine.exists() and mine.read_bytes() != weights.read_bytes():
             places += [mine, mine.with_suffix(".state.pt")]
-    return places
+    return [place for place in places if place.exists()]
+
+
+def set_aside(places: list[Path], ours: Path) -> Path:
+    """Move files and folders of a run out of the way; where they are now."""
+    number = 1
+    while (aside := ours / f"own/replaced-{number}").exists():
+        number += 1
+    for place in places:
+        moved = aside / place.relative_to(ours)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(place, moved)
+    return aside
 
 
 def extract(path: Path, root: Path) -> dict[str, Any]:
@@ -110,7 +126,7 @@ def extract(path: Path, root: Path) -> dict[str, Any]:
                 raise StageError(f"{path}: {odd}: in the archive or in its manifest, not in both")
             for name, digest in stated.items():
                 if name != PARAMS and not belongs(PurePosixPath(name)):
-                    raise StageError(f"{path}: {name}: no record and no energy of a run")
+                    raise StageError(f"{path}: {name}: no record and no network of a run")
                 data = archive.read(name)
                 if hashlib.sha256(data).hexdigest() != digest:
                     raise StageError(f"{path}: {name}: its sha256 is not that of the manifest")
@@ -134,13 +150,20 @@ def belongs(name: PurePosixPath) -> bool:
     if name.parts[0] == "records":
         return name.suffix in (".safetensors", ".csv")
     energy = name.match("models/*/ebm_*.safetensors") and not name.match("*.snapshots.*")
-    return len(name.parts) == 3 and energy
+    network = energy or name.match("models/*/classifier*.safetensors")
+    return len(name.parts) == 3 and network
+
+
+def is_large_classifier(path: Path) -> bool:
+    """A classifier that does not travel."""
+    return path.name.startswith("classifier") and path.stat().st_size > LARGEST
 
 
 def check_records(params: Params, theirs: Path) -> None:
-    """`StageError` if a record is of other images or energies than those that are there."""
+    """`StageError` if a record is of other images or networks than those that are there."""
     for weights in theirs.glob("models/*/*.safetensors"):
-        load_energy(weights)
+        load = load_classifier if weights.name.startswith("classifier") else load_energy
+        load(weights)
     for dataset in params.datasets:
         own = Paths(params.run, dataset).images
         if not own.exists():
@@ -148,7 +171,7 @@ def check_records(params: Params, theirs: Path) -> None:
         data = load_images(own, "test", params.dataset(dataset)) if own.exists() else None
         for path in sorted(theirs.glob(f"records/{dataset}/**/*.safetensors")):
             name, about = path.relative_to(theirs), about_of(path)
-            check_energies(name, about, theirs / f"models/{dataset}")
+            check_networks(name, about, theirs / f"models/{dataset}")
             if data is not None and "adversarial" in load_tensors(path)[0]:
                 images = AttackResult.load(path).images
                 count = len(images.labels)
@@ -159,14 +182,17 @@ def check_records(params: Params, theirs: Path) -> None:
                     raise StageError(f"{name}: its images or labels are not those of {own}")
 
 
-def check_energies(name: Path, about: dict[str, Any], models: Path) -> None:
-    """The energies that a record says it was made with, against those of the archive."""
+def check_networks(name: Path, about: dict[str, Any], models: Path) -> None:
+    """The networks that a record says it was made with, against those of the archive."""
     stated = dict(about.get("files", {}))
-    named = {role: hashed for role, hashed in stated.items() if role in PHASES}
+    named = {f"ebm_{role}": hashed for role, hashed in stated.items() if role in PHASES}
+    named |= {classifier_name(role): hashed for role, hashed in stated.items() if role in TRAININGS}
     phase = about.get("energy", about.get("phase"))
     if phase and "energy" in stated:
-        named[str(phase)] = stated["energy"]
-    for phase, hashed in named.items():
-        weights = models / f"ebm_{phase}.safetensors"
+        named[f"ebm_{phase}"] = stated["energy"]
+    if "classifier" in stated:
+        named[classifier_name(about.get("training", "natural"))] = stated["classifier"]
+    for network, hashed in named.items():
+        weights = models / f"{network}.safetensors"
         if weights.exists() and fingerprint(weights) != hashed:
-            raise StageError(f"{name}: was not made with the energy {weights.name} beside it")
+            raise StageError(f"{name}: was not made with the network {weights.name} beside it")

@@ -73,12 +73,20 @@ class Dataset(Section):
     classes: Annotated[int, Field(ge=2)]
     train_images: Count | None
     test_images: Count | None
+    held_out: CountOrNone
+    judged_on: Literal["test", "held_out"]
     tau: Positive
     data_noise: NotNegative
     adam_lr: Positive
     sgd_lr: Positive
     classifier: ClassifierTraining
     adversarial: AdversarialTraining
+
+    @model_validator(mode="after")
+    def _something_is_held_out(self) -> Self:
+        if self.judged_on == "held_out" and not self.held_out:
+            raise ValueError("judged_on: held_out expects held_out >= 1, got 0")
+        return self
 
 
 class Classifier(Section):
@@ -107,10 +115,27 @@ class EBM(Section):
 
     batch: Count
     steps: Count
-    adam_batches: Count
-    sgd_batches: Count
+    phase_1_batches: Count
+    phase_2_batches: Count
     precision: Precision
     snapshots: Count
+    bank: Count | None
+    life: Count | None
+    coupled: bool
+    mirror: bool
+    average: Fraction
+    phase_2: Literal["sgd", "cosine"]
+
+    @model_validator(mode="after")
+    def _switches_fit(self) -> Self:
+        """What is said of chains that start at data needs such chains."""
+        if self.bank is None:
+            for name, value in (("life", self.life), ("coupled", self.coupled)):
+                if value:
+                    raise ValueError(f"{name}: expects chains that start at data (bank), got none")
+        elif self.batch > self.bank:
+            raise ValueError(f"batch: expected <= bank = {self.bank}, got {self.batch}")
+        return self
 
 
 class Langevin(Section):
@@ -121,6 +146,7 @@ class Langevin(Section):
     H_adv: Count
     H_def: Count
     precision: Precision
+    denoise: bool
 
 
 class PGD(Section):
@@ -304,6 +330,12 @@ class Inspect(Section):
 
     chains: Annotated[int, Field(ge=1, le=500, strict=True)]
     long_steps: Count
+    levels: Annotated[tuple[Count, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _grid_ascends(self) -> Self:
+        _ascending("levels", self.levels)
+        return self
 
 
 class Diagnose(Section):

@@ -139,7 +139,7 @@ def export_results(
     params_file: ParamsFile = DEFAULT_PARAMS,
     device: Device = None,
 ) -> None:
-    """Pack records and energies of the run into one file, for `import` on another machine."""
+    """Pack records and networks of the run into one file, for `import` on another machine."""
     with checked(params_file) as params:
         from stages import results
         from stages.hardware import Hardware
@@ -151,7 +151,8 @@ def export_results(
 def import_results(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `export` wrote.")],
     force: Annotated[
-        bool, typer.Option("--force", help="Put the files over records of the run that are here.")
+        bool,
+        typer.Option("--force", help="Move what is in the way aside, to artifacts/RUN/own."),
     ] = False,
 ) -> None:
     """Check results that were made elsewhere, and write their report into reports/RUN."""

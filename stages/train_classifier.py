@@ -36,20 +36,24 @@ def run(
     out: Path,
     history: Path,
 ) -> None:
-    """Train on the training images; write weights and the curve of loss and accuracy."""
+    """Train on the training images; write weights and the curve of loss and accuracy.
+
+    The accuracy is that on the held-out images, or, if nothing is held out, on the test images.
+    """
     if training not in TRAININGS:
         raise StageError(f"training: expected one of {list(TRAININGS)}, got {training!r}")
     section, device = params.dataset(dataset), hardware.device
     trainer = make_trainer(params, dataset, training, hardware, images)
     classifier, config = trainer.classifier, trainer.config
     name = f"classifier {dataset}" + (" adversarial" if trainer.adversary else "")
-    test = load_images(images, "test", section)
-    test_images, test_labels = from_bytes(test.images).to(device), test.labels.to(device)
+    looked_at = "held_out" if section.held_out else "test"
+    seen = load_images(images, looked_at, section)
+    seen_images, seen_labels = from_bytes(seen.images).to(device), seen.labels.to(device)
 
     def accuracy() -> float:
         classifier.eval()
-        logits = classify(classifier, test_images, batch=1000)
-        return float((logits.argmax(1) == test_labels).float().mean())
+        logits = classify(classifier, seen_images, batch=1000)
+        return float((logits.argmax(1) == seen_labels).float().mean())
 
     def key(p: Params) -> object:
         other = {"adversarial"} if training == "natural" else set()
@@ -77,11 +81,11 @@ def run(
             while trainer.epochs_done < config.epochs:
                 loss = trainer.epoch(on_batch)
                 rows.append((trainer.epochs_done, loss, accuracy()))
-                watch = f"loss {loss:.3f}  test accuracy {rows[-1][2]:.4f}"
-        write_csv(history, ("epoch", "loss", "test_accuracy"), rows)
+                watch = f"loss {loss:.3f}  {looked_at} accuracy {rows[-1][2]:.4f}"
+        write_csv(history, ("epoch", "loss", f"{looked_at}_accuracy"), rows)
         save_weights(out, freeze(classifier))
         scratch.done()
-    say(f"{name}: test accuracy {rows[-1][2]:.4f} (n={len(test_labels)})")
+    say(f"{name}: {looked_at} accuracy {rows[-1][2]:.4f} (n={len(seen_labels)})")
 
 
 def make_trainer(

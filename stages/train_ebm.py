@@ -1,7 +1,8 @@
 """Stage 3: the energy, Algorithm 2 in two phases, and the branch that never converges.
 
-`adam` starts from noise. `convergent` goes on from its end with SGD, `nonconvergent` with the same
-Adam for as many batches: the paper's two models (Hill et al. 2021, Sections 2 and 4.1).
+`adam` begins. `convergent` goes on from its end with SGD (or with Adam at a rate that falls to
+zero, if ebm.phase_2 says so), `nonconvergent` with the same Adam for as many batches: the paper's
+two models (Hill et al. 2021, Sections 2 and 4.1).
 `smooth_adam` and `smooth_convergent` train an energy whose chains have gradients to attack.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defense.bank import CompactBank
+from defense.bank import CompactBank, DataBank, ImageBank, NoisyImages
 from defense.ebm_training import EBMTrainConfig, EBMTrainer
 from defense.langevin import LangevinConfig
 from defense.pixels import from_bytes, to_net
@@ -24,6 +25,7 @@ from stages.energies import new_energy
 from stages.engine import choose_chain
 from stages.files import write_csv
 from stages.hardware import Hardware
+from stages.levels import held_out_images, say_levels
 from stages.params import PHASES, SMOOTH, Params
 from stages.resume import Scratch, Stopwatch
 
@@ -48,18 +50,20 @@ def run(
     if phase not in PHASES:
         raise StageError(f"phase: expected one of {list(PHASES)}, got {phase!r}")
     trainer = make_trainer(params, dataset, phase, hardware, images)
+    held_out = held_out_images(params, dataset, images)
     first = phase.removeprefix(SMOOTH) == "adam"
     inputs = {"images": images} if first else {"images": images, "start": start}
     if not first:
         go_on_from_phase_1(trainer, phase_before(phase), dataset, start, hardware)
-    total = params.ebm.adam_batches if first else params.ebm.sgd_batches
+    total = params.ebm.phase_1_batches if first else params.ebm.phase_2_batches
 
     def key(p: Params) -> object:
         return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset]
 
     rows: list[tuple[int, float, float]] = []
     snapshots: dict[str, Tensor] = {}
-    due = snapshot_batches(total, params.ebm.snapshots) if snapshots_out else set[int]()
+    moments = snapshot_batches(total, params.ebm.snapshots)
+    due = moments if snapshots_out else set[int]()
     with Scratch(f"train-ebm-{dataset}-{phase}", params, key, inputs, hardware) as scratch:
         checkpoint = scratch.folder / "checkpoint.pt"
         if checkpoint.exists():
@@ -81,6 +85,8 @@ def run(
                         )
                     rows.append((trainer.batches_done, gap, norm))
                     track.advance(ROW_EVERY, f"energy gap {gap:+.2f}  gradient norm {norm:.3f}")
+                if trainer.batches_done in moments:
+                    say_levels(params, dataset, phase, hardware, trainer, held_out)
                 if trainer.batches_done in due:
                     snapshots |= snapshot(trainer)
                 if saved.due() or scratch.stopping:
@@ -89,7 +95,7 @@ def run(
                     scratch.check()
         write_csv(history, ("batch", "energy_gap", "gradient_norm"), rows)
         tau = trainer.config.langevin.tau
-        save_weights(out, trainer.energy, dataset=dataset, phase=phase, tau=tau)
+        save_weights(out, trainer.trained, dataset=dataset, phase=phase, tau=tau)
         save_state(state_out, trainer.state_dict())
         about = {"dataset": dataset, "phase": phase, "tau": tau, "batches": sorted(due)}
         if snapshots_out:
@@ -114,18 +120,26 @@ def make_trainer(
     torch.manual_seed(params.seed)  # weight initialization takes no generator
     energy = new_energy(params, dataset, phase).to(device)
     generator = make_generator(params.seed, "ebm", dataset, phase, device=device)
-    bank = CompactBank.uniform(data.shape, generator=generator)
-    sgd = phase.removeprefix(SMOOTH) == "convergent"
+    noisy, ebm = NoisyImages(data, section.data_noise, mirror=params.ebm.mirror), params.ebm
+    bank: ImageBank
+    if ebm.bank is None:
+        bank = CompactBank.uniform(data.shape, generator=generator)
+    else:
+        bank = DataBank(noisy, ebm.bank, ebm.life, generator=generator)
+    settles = phase.removeprefix(SMOOTH) == "convergent"
+    sgd = settles and ebm.phase_2 == "sgd"
     config = EBMTrainConfig(
         optimizer="sgd" if sgd else "adam",
         learning_rate=section.sgd_lr if sgd else section.adam_lr,
-        batch=params.ebm.batch,
-        data_noise=section.data_noise,
-        langevin=LangevinConfig(params.ebm.steps, section.tau),
-        precision=params.ebm.precision,
+        batch=ebm.batch,
+        langevin=LangevinConfig(ebm.steps, section.tau),
+        precision=ebm.precision,
+        falls_over=ebm.phase_2_batches if settles and ebm.phase_2 == "cosine" else None,
+        coupled=ebm.coupled,
+        average=ebm.average,
     )
-    chain = choose_chain(energy, params.ebm.steps, params.ebm.precision, hardware)
-    return EBMTrainer(energy, data, bank, config, generator=generator, chain=chain)
+    chain = choose_chain(energy, ebm.steps, ebm.precision, hardware)
+    return EBMTrainer(energy, noisy, bank, config, generator=generator, chain=chain)
 
 
 def snapshot_batches(total: int, count: int) -> set[int]:
@@ -135,9 +149,9 @@ def snapshot_batches(total: int, count: int) -> set[int]:
 
 def snapshot(trainer: EBMTrainer) -> dict[str, Tensor]:
     """Weights and the first persistent chains (n,C,S,S) as they are, named after the batch."""
-    slots = torch.arange(min(SAMPLES, len(trainer.bank)), device=trainer.images.device)
+    slots = torch.arange(min(SAMPLES, len(trainer.bank)), device=trainer.data.images.device)
     kept = {"chains": trainer.bank.read(slots)}
-    kept |= {f"energy/{name}": value for name, value in trainer.energy.state_dict().items()}
+    kept |= {f"energy/{name}": value for name, value in trainer.trained.state_dict().items()}
     return {f"{trainer.batches_done}/{name}": value.cpu().clone() for name, value in kept.items()}
 
 

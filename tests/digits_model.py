@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense.bank import ImageBank
+from defense.bank import ImageBank, NoisyImages
 from defense.classifier import WideResNet
 from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer
 from defense.compiled import CompiledLangevin
@@ -97,12 +97,16 @@ def trained_energy(activation: str) -> ConvEnergy:
             optimizer=optimizer,
             learning_rate=2e-3,
             batch=100,
-            data_noise=0.12,
             langevin=LangevinConfig(steps=4, tau=TAU),
             precision="float32",
         )
         trainer = EBMTrainer(
-            energy, images, bank, config, generator=generator, chain=CompiledLangevin()
+            energy,
+            NoisyImages(images, 0.12),
+            bank,
+            config,
+            generator=generator,
+            chain=CompiledLangevin(),
         )
         for _ in range(UPDATES):
             trainer.update()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from defense.bank import CompactBank, ImageBank
+from defense.bank import CompactBank, DataBank, ImageBank, NoisyImages
 
 
 def test_only_drawn_slots_change_and_each_chain_returns_to_its_own(seeded) -> None:
@@ -121,3 +121,75 @@ def test_chains_from_a_compact_bank_settle_where_others_do(seeded) -> None:
     error = expected * (2 / x.numel()) ** 0.5
     assert abs(x.square().mean() - expected) < 5 * error
     assert abs(x.mean()) < 5 * (expected / x.numel()) ** 0.5
+
+
+def ramps(count: int) -> torch.Tensor:
+    """Images (count,1,4,4) that are dark on the left, each of its own brightness."""
+    ramp = torch.linspace(-0.5, 0.5, 4).expand(1, 4, 4)
+    return ramp + torch.arange(count).view(-1, 1, 1, 1)
+
+
+def test_noisy_images_are_the_images_with_noise_of_their_size(seeded) -> None:
+    images = ramps(3)
+    data = NoisyImages(images, 0.2)
+    noise = data.at(torch.tensor([2] * 2000), generator=seeded()) - images[2]
+    assert abs(noise.mean()) < 5 * 0.2 / noise.numel() ** 0.5
+    assert noise.std() == pytest.approx(0.2, rel=0.02)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_every_place_has_its_turn_and_the_second_half_is_mirrored(seeded) -> None:
+    images, generator = ramps(3), seeded()
+    data = NoisyImages(images, 0.0, mirror=True)
+    places = data.places(6000, generator=generator)
+    assert ((places.bincount(minlength=6) - 1000).abs() < 5 * (6000 / 6 * 5 / 6) ** 0.5).all()
+    drawn = data.at(torch.tensor([1, 4]), generator=generator)
+    assert torch.equal(drawn[0], images[1])
+    assert torch.equal(drawn[1], images[1].flip(2))
+    assert set(NoisyImages(images, 0.0).places(200, generator=generator).tolist()) == {0, 1, 2}
+
+
+def test_chains_start_at_their_origin_and_start_anew_when_they_are_old(seeded) -> None:
+    data, generator = NoisyImages(ramps(50), 0.0), seeded()
+    bank = DataBank(data, 30, 4, generator=generator)
+    slots = torch.arange(30)
+    torch.testing.assert_close(bank.read(slots), data.images[bank.origins], atol=1e-2, rtol=0)
+    assert set(bank.visits.tolist()) == {0, 1, 2, 3}, "of all ages from the start"
+    for _ in range(40):
+        old = bank.visits.clone()
+        origins = bank.origins.clone()
+        slots, states = bank.draw(10, generator=generator)
+        renewed = old[slots] >= 4
+        assert torch.equal(bank.visits[slots], torch.where(renewed, 0, old[slots]))
+        kept = ~renewed
+        assert torch.equal(bank.origins[slots[kept]], origins[slots[kept]])
+        torch.testing.assert_close(
+            states[renewed], data.images[bank.origins[slots[renewed]]], atol=1e-6, rtol=0
+        )
+        bank.write(slots, states + 0.01)
+        torch.testing.assert_close(bank.read(slots), states + 0.01, atol=1e-2, rtol=0)
+    assert bank.visits.max() <= 4
+
+
+def test_chains_without_a_life_stay(seeded) -> None:
+    bank = DataBank(NoisyImages(ramps(50), 0.0), 5, None, generator=seeded())
+    origins = bank.origins.clone()
+    for _ in range(20):
+        slots, states = bank.draw(5, generator=seeded())
+        bank.write(slots, states)
+    assert torch.equal(bank.origins, origins)
+
+
+def test_a_data_bank_goes_on_from_a_file(seeded) -> None:
+    data = NoisyImages(ramps(50), 0.1)
+    bank, other = (DataBank(data, 8, 3, generator=seeded(s)) for s in (1, 2))
+    other.load_state_dict(bank.state_dict())
+    first, second = (b.draw(4, generator=seeded(5)) for b in (bank, other))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(("count", "life", "said"), [(0, 3, "count"), (4, 0, "life")])
+def test_impossible_banks_are_refused(seeded, count: int, life: int, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{said}: expected >= 1"):
+        DataBank(NoisyImages(ramps(3), 0.1), count, life, generator=seeded())

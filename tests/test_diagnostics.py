@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from defense.diagnostics import energies, mean_logit_draws, safe_and_borderline, states_at
+from defense.diagnostics import energies, states_at
 from defense.langevin import LangevinConfig, langevin
 
 
@@ -56,25 +56,3 @@ def test_a_long_chain_has_half_a_nat_a_coordinate(quadratic, seeded) -> None:
     nats = energies(quadratic(a), state, tau=tau, batch=1).item() / size
     discretized = 0.5 / (1 - a / 2)
     assert abs(nats - discretized) < 5 * discretized * (2 / size) ** 0.5
-
-
-def test_draws_are_means_over_their_own_replicas() -> None:
-    replica_logits = torch.arange(7.0).view(7, 1, 1).expand(7, 2, 3)
-    draws = mean_logit_draws(replica_logits, 3)
-    assert draws.shape == (2, 2, 3)
-    assert draws[:, 0, 0].tolist() == [1.0, 4.0]
-    assert torch.equal(mean_logit_draws(replica_logits, 1), replica_logits)
-    assert mean_logit_draws(replica_logits, 7).shape == (1, 2, 3)
-
-
-@pytest.mark.parametrize("count", [0, 8])
-def test_a_mean_needs_one_replica_and_no_more_than_there_are(count: int) -> None:
-    with pytest.raises(ValueError, match="count: expected 1 to 7"):
-        mean_logit_draws(torch.zeros(7, 2, 3), count)
-
-
-def test_the_surest_and_the_least_sure_image_are_right_ones() -> None:
-    margins = torch.tensor([[9.0, 1.0, 5.0, -8.0], [11.0, 0.0, 4.0, -9.0], [10.0, 2.0, 6.0, -7.0]])
-    replica_logits = torch.stack([margins, torch.zeros_like(margins)], dim=2)
-    assert safe_and_borderline(replica_logits, torch.zeros(4).long()).tolist() == [0, 1]
-    assert safe_and_borderline(replica_logits[:, :2], torch.tensor([1, 0])).tolist() == [1, 1]

@@ -8,18 +8,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense.bank import CompactBank, ImageBank
+from defense.bank import CompactBank, DataBank, ImageBank, NoisyImages
 from defense.ebm_training import EBMTrainConfig, EBMTrainer
 from defense.langevin import ChainLog, LangevinConfig, langevin
 
-TAU = 0.2
+TAU, SIGMA = 0.2, 0.1
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 
 
 def make_config(
-    optimizer: str = "sgd", *, rate: float = 1e-2, steps: int = 3, precision: str = "float32"
+    optimizer: str = "sgd",
+    *,
+    rate: float = 1e-2,
+    steps: int = 3,
+    precision: str = "float32",
+    **switches: Any,
 ) -> EBMTrainConfig:
-    return EBMTrainConfig(optimizer, rate, 4, 0.1, LangevinConfig(steps, TAU), precision)
+    return EBMTrainConfig(optimizer, rate, 4, LangevinConfig(steps, TAU), precision, **switches)
 
 
 @pytest.fixture
@@ -30,7 +35,8 @@ def make_trainer(tiny_energy, seeded):
         images = 2 * torch.rand(20, 1, 8, 8, generator=seeded(5)) - 1
         bank = kind.uniform(images.shape, generator=seeded(6))
         energy, generator = copy.deepcopy(tiny_energy), seeded(seed)
-        return EBMTrainer(energy, images, bank, config, generator=generator, **options)
+        data = NoisyImages(images, SIGMA)
+        return EBMTrainer(energy, data, bank, config, generator=generator, **options)
 
     return make
 
@@ -49,7 +55,7 @@ def draws_of_one_update(
     config, generator = trainer.config, seeded(0)
     picks = torch.randint(20, (config.batch,), generator=generator)
     noise = torch.randn(config.batch, 1, 8, 8, generator=generator)
-    data = trainer.images[picks] + config.data_noise * noise
+    data = trainer.data.images[picks] + SIGMA * noise
     slots = torch.randperm(20, generator=generator)[: config.batch]
     start = trainer.bank.states[slots]
     end = langevin(trainer.energy, start, config.langevin, generator=generator, log=log)
@@ -141,9 +147,9 @@ def test_an_update_lowers_the_energy_of_data_against_chains(
 ) -> None:
     """Data at the centre, chains far out: the gap is negative, and the well gets steeper."""
     data, bank = torch.zeros(4, 1, 2, 2), ImageBank(torch.full((4, 1, 2, 2), 3.0))
-    config = EBMTrainConfig(optimizer, 0.01, 4, 0.0, LangevinConfig(0, TAU), "float32")
+    config = EBMTrainConfig(optimizer, 0.01, 4, LangevinConfig(0, TAU), "float32")
     energy = quadratic(0.5)
-    stats = EBMTrainer(energy, data, bank, config, generator=seeded()).update()
+    stats = EBMTrainer(energy, NoisyImages(data, 0.0), bank, config, generator=seeded()).update()
     assert stats.energy_gap.item() == pytest.approx(-0.5 / 2 * 36 / (TAU**2 / 2), rel=1e-5)
     moved = 0.01 if optimizer == "adam" else 0.01 * 18
     assert energy.a.item() == pytest.approx(0.5 + moved, rel=1e-4)
@@ -195,6 +201,97 @@ def test_the_gap_of_a_bfloat16_update_is_float32(make_trainer) -> None:
 
 def test_configurations_that_cannot_train_are_refused() -> None:
     with pytest.raises(ValueError, match=r"langevin\.tau: expected > 0, got 0"):
-        EBMTrainConfig("adam", 1e-3, 4, 0.1, LangevinConfig(3, 0.0), "float32")
+        EBMTrainConfig("adam", 1e-3, 4, LangevinConfig(3, 0.0), "float32")
     with pytest.raises(ValueError, match="batch: expected >= 1, got 0"):
-        EBMTrainConfig("adam", 1e-3, 0, 0.1, LangevinConfig(3, 0.1), "float32")
+        EBMTrainConfig("adam", 1e-3, 0, LangevinConfig(3, 0.1), "float32")
+    with pytest.raises(ValueError, match="falls_over: expected >= 1 or None, got 0"):
+        make_config(falls_over=0)
+    with pytest.raises(ValueError, match=r"average: expected in \[0, 1\), got 1"):
+        make_config(average=1.0)
+
+
+def test_pairs_can_be_coupled_only_if_chains_start_at_data(make_trainer) -> None:
+    with pytest.raises(ValueError, match="coupled: expected a bank of chains that start at data"):
+        make_trainer(make_config(coupled=True))
+
+
+@OPTIMIZERS
+def test_the_rate_falls_to_zero_along_half_a_cosine(make_trainer, optimizer: str) -> None:
+    config = make_config(optimizer, falls_over=8)
+    rates = [config.rate(n) / config.learning_rate for n in (0, 2, 4, 6, 8, 9)]
+    half = 0.5**0.5
+    expected = [1, 0.5 + half / 2, 0.5, 0.5 - half / 2, 0, 0]
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected), atol=1e-6, rtol=0)
+    trainer = make_trainer(config)
+    for _ in range(8):
+        trainer.update()
+    before = weights(trainer.energy)
+    trainer.update()
+    assert torch.equal(weights(trainer.energy), before), "nothing moves at a rate of zero"
+
+
+def test_averaged_weights_are_the_average_of_all_weights_so_far(make_trainer) -> None:
+    decay = 0.7
+    trainer = make_trainer(make_config("adam", average=decay))
+    plain = make_trainer(make_config("adam"))
+    by_hand = None
+    for _ in range(4):
+        trainer.update()
+        plain.update()
+        now = weights(trainer.energy)
+        by_hand = now if by_hand is None else decay * by_hand + (1 - decay) * now
+    assert torch.equal(weights(trainer.energy), weights(plain.energy)), "the training is the same"
+    assert plain.trained is plain.energy
+    torch.testing.assert_close(weights(trainer.trained), by_hand)
+
+
+def data_bank(images: Tensor, seeded, life: int | None = 3) -> DataBank:
+    return DataBank(NoisyImages(images, SIGMA, mirror=True), 12, life, generator=seeded(6))
+
+
+def test_a_run_with_every_switch_resumes_as_if_never_stopped(tiny_energy, seeded) -> None:
+    images = 2 * torch.rand(20, 1, 8, 8, generator=seeded(5)) - 1
+    config = make_config("adam", coupled=True, average=0.9, falls_over=6)
+
+    def make(seed: int) -> EBMTrainer:
+        bank = data_bank(images, seeded)
+        energy, generator = copy.deepcopy(tiny_energy), seeded(seed)
+        return EBMTrainer(energy, bank.data, bank, config, generator=generator)
+
+    whole, first, resumed = make(0), make(0), make(99)
+    for _ in range(6):
+        whole.update()
+    for _ in range(2):
+        first.update()
+    for _ in range(3):
+        resumed.update()
+    resumed.load_state_dict(through_a_file(first.state_dict()))
+    for _ in range(4):
+        resumed.update()
+    assert torch.equal(weights(resumed.trained), weights(whole.trained))
+    for name, value in whole.bank.state_dict().items():
+        assert torch.equal(resumed.bank.state_dict()[name], value), name
+
+
+def test_coupled_pairs_give_the_same_mean_gap_with_a_fraction_of_its_spread(
+    quadratic, seeded
+) -> None:
+    """Images far apart, chains that have not moved: the gap is 0 on average, coupled or not."""
+    far_apart = torch.linspace(-3, 3, 40).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+
+    def gaps(*, coupled: bool) -> Tensor:
+        bank = DataBank(NoisyImages(far_apart, SIGMA), 4000, None, generator=seeded(6))
+        config = make_config(rate=0.0, steps=0, coupled=coupled)
+        trainer = EBMTrainer(quadratic(0.5), bank.data, bank, config, generator=seeded(1))
+        return torch.stack([trainer.update().energy_gap for _ in range(1000)])
+
+    free, paired = gaps(coupled=False), gaps(coupled=True)
+    for sample in (free, paired):
+        assert abs(sample.mean()) < 5 * sample.std() / len(sample) ** 0.5
+    # U = a / tau^2 |x|^2: with noise n on an image x, the coupled gap has variance
+    # (a / tau^2)^2 / batch * 2 * (4 sigma^2 E|x|^2 + 2 d sigma^4), d = 16 pixels.
+    spread = (0.5 / TAU**2) * (
+        2 * (4 * SIGMA**2 * far_apart.flatten(1).square().sum(1).mean() + 32 * SIGMA**4) / 4
+    ) ** 0.5
+    assert paired.std() == pytest.approx(float(spread), rel=0.1)
+    assert paired.std() < 0.2 * free.std()

@@ -26,8 +26,8 @@ def test_the_paper_preset_has_the_numbers_of_algorithms_1_and_2() -> None:
     assert (params.langevin.K, params.langevin.H_adv, params.langevin.H_def) == (1500, 15, 150)
     assert (params.attack.eps_255, params.attack.step_255) == (8, 2)
     assert (params.attack.bpda_eot.steps, params.attack.bpda_eot.restarts) == (50, 5)
-    assert params.ebm.adam_batches + params.ebm.sgd_batches == 150_000
-    assert (params.ebm.steps, params.ebm.adam_batches) == (100, 50_000)
+    assert params.ebm.phase_1_batches + params.ebm.phase_2_batches == 150_000
+    assert (params.ebm.steps, params.ebm.phase_1_batches) == (100, 50_000)
     assert (cifar10.tau, cifar10.data_noise) == (0.01, 0.02)
     assert (cifar10.adam_lr, cifar10.sgd_lr) == (1e-4, 5e-5)
     assert (params.classifier.depth, params.classifier.width) == (28, 10)
@@ -55,8 +55,8 @@ def test_the_h100_preset_is_the_papers_but_for_what_it_says_is_reduced() -> None
         *(f"data.adversarial.{n}" for n in ("epochs", "learning_rate", "schedule", "warm_up")),
         "data.adversarial.steps",
         "data.adversarial.step_255",
-        "ebm.adam_batches",
-        "ebm.sgd_batches",
+        "ebm.phase_1_batches",
+        "ebm.phase_2_batches",
         "attack.shard",
         "attack.pgd.images",
         "attack.transfer.images",

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from defense.attack import AttackConfig, run_attack
-from defense.bank import ImageBank
+from defense.bank import ImageBank, NoisyImages
 from defense.classifier import WideResNet
 from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer
 from defense.compiled import CompiledLangevin
@@ -70,9 +70,10 @@ def energy(digits) -> ConvEnergy:
     generator = make_generator(0, "ebm", device=torch.device("cpu"))
     images = to_net(digits[0][TEST:])
     bank = ImageBank.uniform(images.shape, generator=generator)
-    config = EBMTrainConfig("adam", 2e-3, 100, 0.12, LangevinConfig(4, TAU), "float32")
+    config = EBMTrainConfig("adam", 2e-3, 100, LangevinConfig(4, TAU), "float32")
     chain = CompiledLangevin()
-    trainer = EBMTrainer(net, images, bank, config, generator=generator, chain=chain)
+    data = NoisyImages(images, 0.12)
+    trainer = EBMTrainer(net, data, bank, config, generator=generator, chain=chain)
     for _ in range(500):
         trainer.update()
     return freeze(net)

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from typer.testing import Result
 
-from stages.artifacts import load_images
+from stages.artifacts import Images, load_images
 from stages.params import Dataset
 from tests.tiny import command, tiny_params
 
@@ -51,9 +51,8 @@ def test_class_folders_keep_pixels_and_labels(tmp_path: Path) -> None:
     assert prepare(tmp_path, "folder").exit_code == 0
     test = load_images(tmp_path / "out.npz", "test", SECTION)
     assert test.labels.bincount().tolist() == [3, 3]
-    flat = torch.from_numpy(pixels[1]).flatten(0, 1).permute(0, 3, 1, 2)
-    assert torch.equal(test.images, flat[test.index])
-    assert torch.equal(test.labels, test.index // 3)
+    flat = pixels[1].reshape(6, 8, 8, 3).transpose(0, 3, 1, 2)
+    assert pairs(test) == pairs(Images(torch.from_numpy(flat), torch.arange(6) // 3, test.index))
 
 
 def test_npz_files_keep_pixels_and_labels(tmp_path: Path) -> None:
@@ -62,8 +61,51 @@ def test_npz_files_keep_pixels_and_labels(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{split}.npz", images=pixels, labels=np.arange(7) % 2)
     assert prepare(tmp_path, "npz").exit_code == 0
     train = load_images(tmp_path / "out.npz", "train", SECTION)
-    assert torch.equal(train.images, torch.from_numpy(pixels).permute(0, 3, 1, 2)[train.index])
-    assert torch.equal(train.labels, train.index % 2)
+    there = Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(7) % 2, train.index)
+    assert pairs(train) == pairs(there)
+
+
+def pairs(data: Images) -> set[tuple[bytes, int]]:
+    """Every image with its label."""
+    images = [image.contiguous().numpy().tobytes() for image in data.images]
+    return set(zip(images, data.labels.tolist(), strict=True))
+
+
+def prepared(folder: Path, pixels: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Path:
+    """The image file of these images, to train and to test; 3 training images held out."""
+    folder.mkdir()
+    for split in ("train", "test"):
+        np.savez(folder / f"{split}.npz", images=pixels, labels=labels)
+    path = own_params(folder, "npz")
+    values = yaml.safe_load(path.read_text())
+    values["data"]["own"] |= {"held_out": 3, "judged_on": "held_out"}
+    path.write_text(yaml.safe_dump(values))
+    result = command(f"prepare-data own --params {path} --out {folder}/out.npz")
+    assert result.exit_code == 0, result.output
+    return folder / "out.npz"
+
+
+def test_the_order_of_the_source_changes_nothing(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels, labels = random.integers(0, 256, (20, 8, 8, 3), np.uint8), np.arange(20) % 2
+    pixels[5], labels[5] = pixels[6], 1 - labels[6]  # the same image with another label
+    order = random.permutation(20)
+    first = prepared(tmp_path / "first", pixels, labels)
+    second = prepared(tmp_path / "second", pixels[order], labels[order])
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_held_out_images_are_in_no_training_and_are_judged_if_asked_for(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)
+    path = prepared(tmp_path / "own", pixels, np.arange(20) % 2)
+    train, test, held_out = (
+        load_images(path, split, SECTION) for split in ("train", "test", "held_out")
+    )
+    assert (len(train.labels), len(test.labels), len(held_out.labels)) == (17, 20, 3)
+    assert not pairs(train) & pairs(held_out)
+    assert len(pairs(train) | pairs(held_out)) == 20
+    judged = load_images(path, "test", SECTION.model_copy(update={"judged_on": "held_out"}))
+    assert pairs(judged) == pairs(held_out)
 
 
 def test_one_broken_image_is_named(tmp_path: Path) -> None:

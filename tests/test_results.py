@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from defense import load_energy
+from defense import load_classifier, load_energy
 from defense.bank import CompactBank
 from stages import style
 from stages.artifacts import AttackResult, load_state, load_tensors, save_tensors
@@ -173,6 +173,15 @@ def no_energy(contents: dict[str, bytes]) -> None:
     contents["models/digits/ebm_adam.safetensors"] = b"garbage"
 
 
+def another_classifier(contents: dict[str, bytes]) -> None:
+    other = contents["models/digits/classifier_adversarial.safetensors"]
+    contents["models/digits/classifier.safetensors"] = other
+
+
+def no_classifier(contents: dict[str, bytes]) -> None:
+    contents["models/digits/classifier.safetensors"] = b"garbage"
+
+
 def images_too(contents: dict[str, bytes]) -> None:
     contents["data/digits.npz"] = b"others"
 
@@ -223,15 +232,17 @@ def another_run(contents: dict[str, bytes]) -> None:
         (not_finite, True, "clean_logits: values that are not finite"),
         (nan_in_the_comparison, True, "natural/logits: values that are not finite"),
         (other_conditions, True, "expected H_def = 6 as in params.yaml, got 5"),
-        (another_energy, True, "was not made with the energy ebm_convergent.safetensors beside"),
+        (another_energy, True, "was not made with the network ebm_convergent.safetensors beside"),
+        (another_classifier, True, "was not made with the network classifier.safetensors beside"),
         (no_energy, True, "not an energy of `stochsec train-ebm`"),
-        (images_too, True, "data/digits.npz: no record and no energy of a run"),
+        (no_classifier, True, "not a classifier of `stochsec train-classifier`"),
+        (images_too, True, "data/digits.npz: no record and no network of a run"),
         (a_history_of_something_else, True, "a record is not what it should be"),
         (an_inspection_of_something_else, True, "a record is not what it should be"),
         (no_device, False, "not a file of `stochsec export`"),
         (one_bit, False, f"{BPDA}: its sha256 is not that of the manifest"),
         (one_more, False, "more.csv: in the archive or in its manifest, not in both"),
-        (a_way_out, True, "../../out.csv: no record and no energy of a run"),
+        (a_way_out, True, "../../out.csv: no record and no network of a run"),
         (another_run, False, "'../up' is no name of a run"),
     ],
 )
@@ -302,17 +313,24 @@ def test_attacked_images_are_compared_with_those_that_are_here(
 
 
 def test_an_import_takes_the_place_of_what_it_replaces(experiment: Path, packed: Path) -> None:
-    """Old records do not mix with new ones, nor new energies with old training states."""
+    """Old records do not mix with new ones, nor new energies with old states; nothing is lost."""
     shutil.copytree(experiment / "artifacts", "artifacts")
     old = Path("artifacts/tiny/records/digits/old.safetensors")
     shutil.copy(PATHS.record("compare"), old)
     weights = PATHS.model("ebm_convergent")
     weights.write_bytes(PATHS.model("ebm_nonconvergent").read_bytes())
+    mine = weights.read_bytes()
     result = command(f"import {packed}")
     assert result.exit_code == 2
-    assert "--force replaces it" in result.output
+    assert "--force moves it aside" in result.output
     assert old.exists()
-    assert command(f"import {packed} --force").exit_code == 0
+    result = command(f"import {packed} --force")
+    assert result.exit_code == 0
+    aside = Path("artifacts/tiny/own/replaced-1")
+    assert f"what was there is now in {aside}" in result.output
+    assert (aside / "records/digits/old.safetensors").exists()
+    assert (aside / "models/digits/ebm_convergent.safetensors").read_bytes() == mine
+    assert (aside / "models/digits/ebm_convergent.state.pt").exists()
     assert not old.exists()
     assert weights.read_bytes() == (experiment / weights).read_bytes()
     assert not PATHS.state("ebm_convergent").exists(), "it belongs to the energy that was here"
@@ -420,6 +438,31 @@ def test_chains_that_end_in_no_number_are_not_convergent(experiment: Path, start
     assert convergence(still).startswith("FLAG: not convergent")
 
 
+def test_a_new_card_leaves_what_it_did_not_write(experiment: Path, packed: Path) -> None:
+    shutil.copytree(experiment / "artifacts/tiny/models", "artifacts/tiny/models")
+    shutil.copytree(experiment / "pretrained/tiny", "mine")
+    Path("mine/notes.txt").write_text("mine")
+    PATHS.model("ebm_smooth_convergent").unlink()
+    params = experiment / "params.yaml"
+    assert command(f"publish --params {params} --out mine").exit_code == 0
+    names = {path.name for path in Path("mine").iterdir()}
+    assert "notes.txt" in names
+    assert "digits_convergent.safetensors" in names
+    assert not any("smooth" in name for name in names), "an energy that is no longer there"
+
+
+def test_published_classifiers_load_in_one_line(experiment: Path) -> None:
+    folder = experiment / "pretrained/tiny"
+    for training in ("classifier", "classifier_adversarial"):
+        classifier = load_classifier(folder / f"digits_{training}.safetensors")
+        trained, _ = load_tensors(experiment / PATHS.model(training))
+        assert all(trained[name].equal(value) for name, value in classifier.state_dict().items())
+        assert not classifier.training
+        assert classifier(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(ValueError, match="not a classifier of `stochsec train-classifier`"):
+        load_classifier(folder / "digits_convergent.safetensors")
+
+
 def test_published_energies_load_in_one_line(experiment: Path) -> None:
     folder = experiment / "pretrained/tiny"
     names = {path.name for path in folder.iterdir()}
@@ -427,6 +470,7 @@ def test_published_energies_load_in_one_line(experiment: Path) -> None:
     assert {"README.md", "digits_convergent.png", "digits_smooth_convergent.png"} < names
     energy, tau = load_energy(folder / "digits_convergent.safetensors")
     assert tau == 0.08
+    assert energy.sigma == 0.12, "the noise of its training, for the denoising"
     trained, _ = load_tensors(experiment / PATHS.model("ebm_convergent"))
     assert all(trained[name].equal(value) for name, value in energy.state_dict().items())
     assert not any(parameter.requires_grad for parameter in energy.parameters())
@@ -439,6 +483,9 @@ def test_the_card_says_what_was_measured(experiment: Path) -> None:
     assert f"defended, bpda_eot: {robust:.4f} [" in card
     assert "after 40 steps the mean energy lies" in card
     assert "20 with Adam at 0.002, then 20 with SGD at 0.002" in card
+    assert "Wide ResNet 10-1, 78,330 parameters" in card
+    assert "1 steps of" not in card
+    assert "2 steps of 16/255 from a random point of the l_inf ball of 48/255" in card
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00garbage" * 20])

@@ -152,7 +152,7 @@ NEED_A_CLASSIFIER = {
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_stage_which_keeps_its_work(folder: Path, number: int) -> None:
     values = yaml.safe_load(Path("params.yaml").read_text())
-    values["ebm"]["adam_batches"] = 100_000
+    values["ebm"]["phase_1_batches"] = 100_000
     Path("params.yaml").write_text(yaml.safe_dump(values))
     Path("artifacts/tiny/models/digits/ebm_adam.state.pt").unlink()
     process = subprocess.Popen(

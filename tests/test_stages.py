@@ -156,7 +156,7 @@ def test_an_attack_killed_between_shards_goes_on_to_the_same_record(folder: Path
 
 def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) -> None:
     values = tiny_params()
-    values["ebm"] |= {"adam_batches": 1500}
+    values["ebm"] |= {"phase_1_batches": 1500}
     Path("longer.yaml").write_text(yaml.safe_dump(values))
     words = "train-ebm digits adam --params longer.yaml"
     state = PATHS.state("ebm_adam").read_bytes()

@@ -13,6 +13,8 @@ from defense.verdict import (
     classes_of,
     clear_verdict,
     is_right,
+    mean_logit_draws,
+    safe_and_borderline,
     scores,
     wrong,
 )
@@ -138,3 +140,25 @@ def test_bad_tests_are_said() -> None:
         Sequential(0)
     with pytest.raises(ValueError, match="first: expected >= 2, got 1"):
         Sequential(0.1, first=1)
+
+
+def test_draws_are_means_over_their_own_replicas() -> None:
+    replica_logits = torch.arange(7.0).view(7, 1, 1).expand(7, 2, 3)
+    draws = mean_logit_draws(replica_logits, 3)
+    assert draws.shape == (2, 2, 3)
+    assert draws[:, 0, 0].tolist() == [1.0, 4.0]
+    assert torch.equal(mean_logit_draws(replica_logits, 1), replica_logits)
+    assert mean_logit_draws(replica_logits, 7).shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("count", [0, 8])
+def test_a_mean_needs_one_replica_and_no_more_than_there_are(count: int) -> None:
+    with pytest.raises(ValueError, match="count: expected 1 to 7"):
+        mean_logit_draws(torch.zeros(7, 2, 3), count)
+
+
+def test_the_surest_and_the_least_sure_image_are_right_ones() -> None:
+    margins = torch.tensor([[9.0, 1.0, 5.0, -8.0], [11.0, 0.0, 4.0, -9.0], [10.0, 2.0, 6.0, -7.0]])
+    replica_logits = torch.stack([margins, torch.zeros_like(margins)], dim=2)
+    assert safe_and_borderline(replica_logits, torch.zeros(4).long()).tolist() == [0, 1]
+    assert safe_and_borderline(replica_logits[:, :2], torch.tensor([1, 0])).tolist() == [1, 1]

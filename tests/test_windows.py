@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "attack digits pgd",
     ):
         assert command(words).exit_code == 0, words
-    values["ebm"]["adam_batches"] = MORE_BATCHES
+    values["ebm"]["phase_1_batches"] = MORE_BATCHES
     values["evaluate"]["images"] = 12
     values["evaluate"]["attacks"]["no_attack"]["steps"] = 30
     Path("long.yaml").write_text(yaml.safe_dump(values))

@@ -34,12 +34,25 @@ TINY: dict[str, Any] = {
     "ebm": {
         "batch": 20,
         "steps": 3,
-        "adam_batches": 20,
-        "sgd_batches": 20,
+        "phase_1_batches": 20,
+        "phase_2_batches": 20,
         "precision": "float32",
         "snapshots": 2,
+        "bank": None,
+        "life": None,
+        "coupled": False,
+        "mirror": False,
+        "average": 0.0,
+        "phase_2": "sgd",
     },
-    "langevin": {"K": 4, "K_short": 2, "H_adv": 2, "H_def": 5, "precision": "float32"},
+    "langevin": {
+        "K": 4,
+        "K_short": 2,
+        "H_adv": 2,
+        "H_def": 5,
+        "precision": "float32",
+        "denoise": False,
+    },
     "attack": {
         "norm": "linf",
         "eps_255": 48,
@@ -92,7 +105,7 @@ TINY: dict[str, Any] = {
         "separations": [0.01, 0.1],
     },
     "fid": {"K": [0, 4, 8], "images": 40, "features": "classifier"},
-    "inspect": {"chains": 6, "long_steps": 40},
+    "inspect": {"chains": 6, "long_steps": 40, "levels": [2, 5]},
     "diagnose": {"images": 12, "replicas": 20, "H": [1, 5]},
 }
 
