@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from defense.energy import ConvEnergy
+from defense.energy import ConvEnergy, count_parameters
+from defense.pretrained import load_classifier
 from stages import StageError, pictures, presets, rows, style
 from stages.artifacts import AttackResult, about_of, load_tensors
 from stages.console import say
@@ -126,7 +127,7 @@ def classifier_card(params: Params, paths: Paths, training: str, out: Path, show
     weights = paths.classifier(training)
     copy = out / f"{name}.safetensors"
     shutil.copyfile(weights, copy)
-    count = sum(value.numel() for value in load_tensors(weights)[0].values())
+    count = count_parameters(load_classifier(weights))
     size, recipe = params.classifier, section.classifier
     schedule = recipe if training == "natural" else section.adversarial
     facts = {

@@ -483,7 +483,7 @@ def test_the_card_says_what_was_measured(experiment: Path) -> None:
     assert f"defended, bpda_eot: {robust:.4f} [" in card
     assert "after 40 steps the mean energy lies" in card
     assert "20 with Adam at 0.002, then 20 with SGD at 0.002" in card
-    assert "Wide ResNet 10-1, 78,330 parameters" in card
+    assert "Wide ResNet 10-1, 77,898 parameters" in card
     assert "1 steps of" not in card
     assert "2 steps of 16/255 from a random point of the l_inf ball of 48/255" in card
 
