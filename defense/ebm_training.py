@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from defense.bank import DataBank, ImageBank, NoisyImages
 from defense.langevin import Chain, ChainLog, LangevinConfig, langevin
@@ -101,8 +101,7 @@ class EBMTrainer:
             self.optimizer = torch.optim.Adam(energy.parameters(), fused=True)
         else:
             self.optimizer = torch.optim.SGD(energy.parameters())
-        decay = get_ema_multi_avg_fn(config.average)
-        self.average = AveragedModel(energy, multi_avg_fn=decay) if config.average else None
+        self.average = AveragedModel(energy, avg_fn=self._average) if config.average else None
 
     @property
     def trained(self) -> nn.Module:
@@ -144,6 +143,11 @@ class EBMTrainer:
 
         self.batches_done += 1
         return UpdateStats(energy_gap.detach(), log.mean_gradient_norm())
+
+    def _average(self, mean: Tensor, now: Tensor, updates: Tensor | int) -> Tensor:
+        """The next average of a weight; the first ones fade sooner, as they are of least worth."""
+        decay = min(self.config.average, float((1 + updates) / (10 + updates)))
+        return torch.lerp(mean, now, 1.0 - decay)
 
     def _set_rate(self) -> None:
         """The learning rate of this update."""

@@ -95,6 +95,11 @@ def write(params: Params, out: Path, root: Path) -> None:
     sampling_times(out)
     for dataset in params.datasets:
         said += of_dataset(params, Paths(params.run, dataset, root), out)
+        if params.dataset(dataset).judged_on == "held_out":
+            said.append(
+                f"FLAG: {dataset}: every number is of training images that were held out to choose "
+                "settings on, none of test images"
+            )
     tables.write_attacks(every, draws, said, out)
     for finding in said:
         say(finding)
@@ -290,7 +295,8 @@ def judged(path: Path, params: Params, attack: str) -> AttackResult | None:
     if not path.exists():
         return None
     result = AttackResult.load(path)
-    check_conditions(path, result.about, params.conditions(attack))
+    judged_on = params.data[result.about["dataset"]].judged_on
+    check_conditions(path, result.about, {**params.conditions(attack), "judged_on": judged_on})
     found, expected = len(result.images.labels), params.images(attack)
     if found != expected or result.about.get("subset"):
         raise StageError(f"{path}: expected the first {expected} test images, got {found}")

@@ -56,8 +56,9 @@ def run(
         return float((logits.argmax(1) == seen_labels).float().mean())
 
     def key(p: Params) -> object:
-        other = {"adversarial"} if training == "natural" else set()
-        return p.seed, dataset, training, p.classifier, p.data[dataset].model_dump(exclude=other)
+        others = {"tau", "data_noise", "adam_lr", "sgd_lr", "judged_on"}
+        others |= {"adversarial"} if training == "natural" else set()
+        return p.seed, dataset, training, p.classifier, p.data[dataset].model_dump(exclude=others)
 
     rows: list[tuple[int, float, float]] = []
     scratch_name = f"train-classifier-{dataset}-{training}"

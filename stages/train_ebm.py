@@ -58,7 +58,8 @@ def run(
     total = params.ebm.phase_1_batches if first else params.ebm.phase_2_batches
 
     def key(p: Params) -> object:
-        return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset]
+        others = {"classifier", "adversarial", "judged_on"}
+        return p.seed, dataset, phase, p.ebm, p.energy, p.data[dataset].model_dump(exclude=others)
 
     rows: list[tuple[int, float, float]] = []
     snapshots: dict[str, Tensor] = {}
