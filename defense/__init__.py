@@ -30,7 +30,7 @@ from defense.inference import freeze
 from defense.langevin import Chain, LangevinConfig, langevin
 from defense.pretrained import load_classifier, load_energy
 from defense.threat import ThreatModel
-from defense.verdict import Sequential
+from defense.verdict import Replicated, Sequential
 from defense.written_hessian import written_product
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "ConvEnergy",
     "EOTDefense",
     "LangevinConfig",
+    "Replicated",
     "Sequential",
     "ThreatModel",
     "WideResNet",

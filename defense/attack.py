@@ -20,15 +20,19 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from defense.inference import check_labels, evaluation_mode, labels_of, logits_of
 from defense.losses import LOSSES, Loss, cross_entropy, margin
+from defense.pixels import check_pixels
 from defense.step_rules import RuleName, make_rule
 from defense.threat import ThreatModel
-from defense.verdict import Answer, Sequential, answer, classes_of, is_right
+from defense.verdict import Answer, Replicated, Sequential, answer, classes_of, is_right, replicated
 
 NEVER = -1
 """``broken_at`` of an image that no iterate broke."""
 
 NOT_MEASURED = -1
+
+TRIED = 8  # images on which a target is asked whether its answers are random
 
 SEQUENTIAL = Sequential(error=1e-3)
 
@@ -41,6 +45,7 @@ class AttackConfig:
     it every image, right or wrong when clean, goes through all steps and restarts. ``rule`` says
     where to look next (only "pgd" uses ``step_255``), ``loss`` what is to grow. With
     ``early_verdicts`` the target draws no more replicas than the ``sequential`` test asks for.
+    ``replicas`` is how often a stochastic target is asked that does not draw replicas by itself.
     """
 
     threat: ThreatModel
@@ -52,6 +57,7 @@ class AttackConfig:
     loss: Literal["cross_entropy", "margin", "dlr"] = "cross_entropy"
     sequential: Sequential = SEQUENTIAL
     early_verdicts: bool = False
+    replicas: int = 150
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -60,6 +66,8 @@ class AttackConfig:
             raise ValueError(f"step_255: expected >= 0, got {self.step_255}")
         if self.restarts < 1:
             raise ValueError(f"restarts: expected >= 1, got {self.restarts}")
+        if self.replicas < 1:
+            raise ValueError(f"replicas: expected >= 1, got {self.replicas}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss: expected one of {list(LOSSES)}, got {self.loss!r}")
         make_rule(self.rule, self.threat, self.steps, self.step_255, Generator())
@@ -81,6 +89,7 @@ class AttackRecord:
     broken_at: Tensor  # (B,) int64: updates before the first verified break, or NEVER
     restart: Tensor  # (B,) int64: the restart that broke it, or NEVER
     losses: Tensor  # (B,3) the surrogate's at the start, the largest, the last; NaN: not attacked
+    not_finite: Tensor  # (B,) int64: steps at which its loss or its gradient was no number
     flat_steps: Tensor  # (B,) int64: steps at which the gradient was zero everywhere
     verified: Tensor  # (B,2) int64: suspects that the target judged, replicas that this took
     early: Tensor  # (B,2) int64: replicas that the sequential test needs for ``adversarial``, and
@@ -94,12 +103,13 @@ class AttackRecord:
     def robust(self, labels: Tensor, *, steps: int | None = None) -> Tensor:
         """(B,) bool: right when clean and not broken within ``steps`` updates (default: ever).
 
-        With several restarts, ``steps`` counts within the one that broke the image first.
+        With several restarts, ``steps`` counts within the one that broke the image first. An image
+        whose attack went without a loss or a gradient at some step is not called robust.
         """
         broken = self.broken_at != NEVER
         if steps is not None:
             broken &= self.broken_at <= steps
-        return self.clean_correct(labels) & ~broken
+        return self.clean_correct(labels) & ~broken & (self.not_finite == 0)
 
 
 def ask(
@@ -112,11 +122,11 @@ def ask(
     """
     if not gradient:
         with torch.no_grad():
-            logits = model(x)
+            logits = logits_of(model(x), len(x))
         return None, loss(logits, y), logits
     with torch.inference_mode(False), torch.enable_grad():
         x, y = x.clone().detach().requires_grad_(True), y.clone()
-        logits = model(x)
+        logits = logits_of(model(x), len(x))
         losses = loss(logits, y)
         (slope,) = torch.autograd.grad(losses.sum(), x)
     return slope, losses.detach(), logits.detach()
@@ -137,6 +147,7 @@ class Finds:
         self.broken_at, self.restart = torch.full_like(y, NEVER), torch.full_like(y, NEVER)
         self.losses = torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device)
         self.flat_steps, self.verified = torch.zeros_like(y), y.new_zeros(len(y), 2)
+        self.not_finite = torch.zeros_like(y)
         self._margins = torch.full_like(x[:, 0, 0, 0], -torch.inf)
 
     def unbroken(self) -> Tensor:
@@ -146,7 +157,7 @@ class Finds:
     def look(
         self, active: Tensor, x_adv: Tensor, margins: Tensor, losses: Tensor, slope: Tensor | None
     ) -> None:
-        """Iterates of images ``active`` (b,): keep the strongest, the losses, dead gradients."""
+        """Iterates of images ``active`` (b,): the strongest, the losses, what went wrong."""
         stronger = margins > self._margins[active]
         self.adversarial[active[stronger]] = x_adv[stronger]
         self._margins[active[stronger]] = margins[stronger].to(x_adv.dtype)
@@ -154,8 +165,11 @@ class Finds:
         losses = losses.to(x_adv.dtype)
         first = torch.where(first.isnan(), losses, first)
         self.losses[active] = torch.stack([first, torch.fmax(largest, losses), losses], dim=1)
+        finite = torch.isfinite(losses)
         if slope is not None:
             self.flat_steps[active] += (slope.flatten(1) == 0).all(1)
+            finite &= torch.isfinite(slope).flatten(1).all(1)
+        self.not_finite[active] += ~finite
 
     def strike(self, images: Tensor, step: int, restart: int) -> None:
         """Verified breaks."""
@@ -165,7 +179,7 @@ class Finds:
 @torch.no_grad()
 def search(
     surrogate: nn.Module,
-    target: nn.Module,
+    target: Replicated,
     x: Tensor,
     y: Tensor,
     right: Tensor,
@@ -192,6 +206,8 @@ def search(
             labels = y[active]
             slope, losses, logits = ask(surrogate, x_adv, labels, loss, gradient=rule.asks_gradient)
             finds.look(active, x_adv, margin(logits, labels), losses, slope)
+            if slope is not None:  # no step along what is no number
+                slope = torch.where(torch.isfinite(slope), slope, 0.0)
 
             # Suspects of the small sample are struck only if the large sample agrees.
             suspects = ~is_right(logits, labels) & finds.unbroken()[active]
@@ -216,7 +232,7 @@ def search(
 @torch.no_grad()
 def run_attack(
     surrogate: nn.Module,
-    target: nn.Module,
+    target: nn.Module | Replicated,
     x: Tensor,
     y: Tensor,
     config: AttackConfig,
@@ -229,8 +245,44 @@ def run_attack(
     Clean images are judged, then searched for breaks (`search`), then what was found is judged
     again with fresh noise. Both models own their noise; ``generator`` draws what the rule leaves to
     chance; ``on_step`` is told after every step how many images are still robust.
+
+    Both are asked in evaluation mode and left in the mode that they were in. Any module from pixels
+    to logits will do; a stochastic one is judged by all its replicas, see `Replicated`.
+    `ValueError` for pixels, labels or outputs that are not what they should be, and if surrogate
+    and target would draw the same noise.
     """
+    check_pixels(x)
+    y = labels_of(y, len(x))
+    refuse_shared_noise(surrogate, target)
+    modules = [model for model in (surrogate, target) if isinstance(model, nn.Module)]
+    with evaluation_mode(*modules):
+        judge = replicated(target, x[:TRIED], config.replicas)
+        return _run(surrogate, judge, x, y, config, generator=generator, on_step=on_step)
+
+
+def refuse_shared_noise(surrogate: nn.Module, target: nn.Module | Replicated) -> None:
+    """`ValueError` for two defenses of one seed: the attacker would see what the judge draws."""
+    seeds = [getattr(model, "seed", None) for model in (surrogate, target)]
+    if surrogate is not target and seeds[0] is not None and seeds[0] == seeds[1]:
+        raise ValueError(
+            f"seed: expected noise of their own for surrogate and target, got {seeds[0]!r} twice; "
+            "give them different seeds, or none"
+        )
+
+
+def _run(
+    surrogate: nn.Module,
+    target: Replicated,
+    x: Tensor,
+    y: Tensor,
+    config: AttackConfig,
+    *,
+    generator: Generator,
+    on_step: Callable[[int], None] | None,
+) -> AttackRecord:
+    """`run_attack` on what it has checked."""
     clean = answer(target, x, y, config.early())
+    check_labels(y, clean.logits.shape[1])
     right = is_right(clean.logits, y)
     finds = search(surrogate, target, x, y, right, config, generator=generator, on_step=on_step)
     # A gradient that was zero says nothing of the chain.
@@ -241,6 +293,7 @@ def run_attack(
         broken_at=finds.broken_at,
         restart=finds.restart,
         losses=finds.losses,
+        not_finite=finds.not_finite,
         flat_steps=finds.flat_steps,
         verified=finds.verified,
         through_chain=torch.full_like(right, moved),
@@ -248,7 +301,7 @@ def run_attack(
 
 
 def _judged(
-    target: nn.Module, adversarial: Tensor, y: Tensor, clean: Answer, config: AttackConfig
+    target: Replicated, adversarial: Tensor, y: Tensor, clean: Answer, config: AttackConfig
 ) -> dict[str, Tensor]:
     """What a record says of the target: its answer on the clean images, and a fresh one."""
     afresh = answer(target, adversarial, y, config.early())
@@ -269,20 +322,28 @@ def _judged(
 
 @torch.no_grad()
 def run_transfer(
-    target: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, config: AttackConfig
+    target: nn.Module | Replicated, x: Tensor, x_adv: Tensor, y: Tensor, config: AttackConfig
 ) -> AttackRecord:
     """Judge images made elsewhere: x and x_adv (B,C,H,W) in [0, 1], labels y (B,).
 
     ``config`` is that of the attack which made them; a broken image is recorded at its last step.
+    Modes, outputs and errors are those of `run_attack`.
     """
-    clean = answer(target, x, y, config.early())
-    judged = _judged(target, x_adv, y, clean, config)
+    check_pixels(x)
+    check_pixels(x_adv)
+    y = labels_of(y, len(x))
+    with evaluation_mode(*([target] if isinstance(target, nn.Module) else [])):
+        judge = replicated(target, x[:TRIED], config.replicas)
+        clean = answer(judge, x, y, config.early())
+        check_labels(y, clean.logits.shape[1])
+        judged = _judged(judge, x_adv, y, clean, config)
     broken = is_right(clean.logits, y) & ~is_right(judged["adversarial_logits"], y)
     return AttackRecord(
         **judged,
         broken_at=torch.where(broken, config.steps, NEVER),
         restart=torch.where(broken, 0, NEVER),
         losses=torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device),
+        not_finite=torch.zeros_like(y),
         flat_steps=torch.zeros_like(y),
         verified=y.new_zeros(len(y), 2),
         through_chain=torch.ones_like(broken),

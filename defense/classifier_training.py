@@ -106,8 +106,10 @@ class Adversary:
 class ClassifierTrainer:
     """Trains ``classifier`` in place on pixels (M,C,S,S) in [0, 1] and labels (M,) int64.
 
-    With an ``adversary`` every batch is attacked before it is learned. ``compiled`` runs the
-    classifier through torch.compile, which pays in long trainings on a GPU.
+    Every batch has the same size, since a short one would count as much in the statistics of the
+    normalizations: the images that are left over, drawn anew in every epoch, sit out. With an
+    ``adversary`` every batch is attacked before it is learned. ``compiled`` runs the classifier
+    through torch.compile, which pays in long trainings on a GPU.
     """
 
     def __init__(
@@ -121,6 +123,8 @@ class ClassifierTrainer:
         adversary: Adversary | None = None,
         compiled: bool = False,
     ) -> None:
+        if len(images) < 2:
+            raise ValueError(f"images: expected >= 2, got {len(images)}")
         self.classifier = classifier
         self.images = images
         self.labels = labels
@@ -140,9 +144,14 @@ class ClassifierTrainer:
         )
 
     @property
+    def batch(self) -> int:
+        """Images in every batch: config.batch, or all of them if there are fewer."""
+        return min(self.config.batch, len(self.images))
+
+    @property
     def batches(self) -> int:
         """Updates in an epoch."""
-        return -(-len(self.images) // self.config.batch)
+        return len(self.images) // self.batch
 
     def epoch(self, on_batch: Callable[[], None] = lambda: None) -> float:
         """One pass over the images in random order; returns the mean training loss.
@@ -156,13 +165,13 @@ class ClassifierTrainer:
                 len(self.images), generator=self.generator, device=self.generator.device
             )
             self.total = torch.zeros((), device=self.images.device)
-        for slots in self.order.split(self.config.batch)[self.batches_done :]:
+        for slots in self.order.split(self.batch)[self.batches_done : self.batches]:
             self.set_rate(self.epochs_done + self.batches_done / self.batches)
-            self.total += self.step(slots) * len(slots)
+            self.total += self.step(slots)
             self.batches_done += 1
             on_batch()
         self.epochs_done, self.batches_done = self.epochs_done + 1, 0
-        return float(self.total / len(self.images))
+        return float(self.total / self.batches)
 
     def set_rate(self, epoch: float) -> None:
         """The learning rate of the next update."""

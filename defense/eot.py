@@ -1,5 +1,6 @@
 """The defended classifier: Expectation Over Transformation, equations (4)-(6)."""
 
+import secrets
 import warnings
 from typing import Any, Self, get_args
 
@@ -17,12 +18,19 @@ from defense.chain_gradient import (
     run_in_segments,
     smoothed,
 )
+from defense.inference import evaluation_mode, logits_of
 from defense.langevin import Chain, LangevinConfig, denoised, denoising_factor, langevin
-from defense.pixels import to_net, to_pixels
+from defense.pixels import check_pixels, to_net, to_pixels
 from defense.rng import make_generator
 
 CLASSIFIER_PIXELS = 512 * 32 * 32
 """Pixels that the classifier sees at once: 512 purified CIFAR images."""
+
+LOOKAHEAD = 0.1
+"""How far an attack may look beyond [0, 1].
+
+Attacks with momentum, such as Nesterov's, ask for gradients a few steps ahead of the clipped image.
+"""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -53,13 +61,15 @@ class _ThroughChain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, copies: Tensor, defense: "EOTDefense", generator: Generator) -> Tensor:
         ctx.defense = defense
-        purified, ctx.kept = defense.purify_in_segments(copies, generator)
+        with evaluation_mode(defense.energy):
+            purified, ctx.kept = defense.purify_in_segments(copies, generator)
         return purified
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.defense.pull_back(gradient[0], ctx.kept), None, None
+        with evaluation_mode(ctx.defense.energy):
+            return ctx.defense.pull_back(gradient[0], ctx.kept), None, None
 
 
 class EOTDefense(nn.Module):
@@ -76,8 +86,10 @@ class EOTDefense(nn.Module):
 
     The noise comes from the module's own generator, seeded by ``seed`` (a number or a name) and
     advanced by every call: an attack library that re-seeds torch's global stream does not repeat
-    it. At most ``max_chains`` chains run at a time; the order of the noise depends on that number,
-    so it belongs to a record. An attacker's view and its judge need different seeds.
+    it. Without a seed every instance has a stream of its own, and `seed` says which it drew. At
+    most ``max_chains`` chains run at a time; the order of the noise depends on that number,
+    so it belongs to a record. An attacker's view and its judge need different seeds. Classifier and
+    energy are asked in evaluation mode, and left in the mode that they were in.
     """
 
     def __init__(
@@ -88,7 +100,7 @@ class EOTDefense(nn.Module):
         *,
         replicas: int,
         max_chains: int = 2048,
-        seed: int | str = 0,
+        seed: int | str | None = None,
         chain: Chain = langevin,
         gradient: GradientMode = "identity",
         softness: float = 0.01,
@@ -113,7 +125,7 @@ class EOTDefense(nn.Module):
         self.config = config
         self.replicas = replicas
         self.max_chains = max_chains
-        self.seed = seed
+        self.seed = secrets.randbits(63) if seed is None else seed
         self.chain = chain
         self.gradient = gradient
         self.softness = softness
@@ -122,11 +134,11 @@ class EOTDefense(nn.Module):
         self.gradient_came_back = False
         self.chain_moved_gradient = False
         self._generators: dict[str, Generator] = {}
-        self.eval()
+        self.training = False
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: a defense never updates the classifier's batch statistics."""
-        return super().train(False)
+        """Nothing changes: nothing here is trained, and the mode of its parts is their owner's."""
+        return self
 
     def own_generator(self, device: torch.device) -> Generator:
         """The module's generator on a device, made at its first use there."""
@@ -140,12 +152,13 @@ class EOTDefense(nn.Module):
         if self.config.steps == 0:
             return x.detach()
         generator = generator or self.own_generator(x.device)
-        parts = [
-            self._without_noise(
-                self.chain(self.energy, to_net(part), self.config, generator=generator)
-            )
-            for part in x.detach().split(self.max_chains)
-        ]
+        with evaluation_mode(self.energy):
+            parts = [
+                self._without_noise(
+                    self.chain(self.energy, to_net(part), self.config, generator=generator)
+                )
+                for part in x.detach().split(self.max_chains)
+            ]
         return to_pixels(torch.cat(parts))
 
     def _without_noise(self, end: Tensor) -> Tensor:
@@ -207,14 +220,7 @@ class EOTDefense(nn.Module):
         ``replicas`` is another number of them than the module's own.
         """
         replicas = self.replicas if replicas is None else replicas
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(
-                f"x: expected images (B,C,H,W), floating, got {tuple(x.shape)} {x.dtype}"
-            )
-        if x.numel():
-            low, high = (float(end) for end in x.detach().aminmax())
-            if not -0.5 <= low <= high <= 1.5:  # some attacks look ahead, a little out of the box
-                raise ValueError(f"x: expected pixels in [0, 1], got {low} to {high}")
+        check_pixels(x, beyond=LOOKAHEAD)
         copies = x.repeat(replicas, 1, 1, 1)
         purified = self._purified(copies, generator)
         pieces = purified.split(max(1, CLASSIFIER_PIXELS // x.shape[2:].numel()))
@@ -238,9 +244,13 @@ class EOTDefense(nn.Module):
         Then the memory of a backward pass is that of one piece, whatever the number of replicas.
         """
         if not again or not torch.is_grad_enabled():
-            return torch.as_tensor(self.classifier(pixels))
-        logits: Tensor = checkpoint(self.classifier, pixels, use_reentrant=False)
+            return self._ask_classifier(pixels)
+        logits: Tensor = checkpoint(self._ask_classifier, pixels, use_reentrant=False)
         return logits
+
+    def _ask_classifier(self, pixels: Tensor) -> Tensor:
+        with evaluation_mode(self.classifier):
+            return logits_of(self.classifier(pixels), len(pixels))
 
     def forward(self, x: Tensor, *, generator: Generator | None = None) -> Tensor:
         return self.replica_logits(x, generator=generator).mean(0)

@@ -1,6 +1,8 @@
-"""Trained networks at rest: frozen, and asked in pieces."""
+"""Trained networks at rest: frozen, in evaluation mode, asked in pieces, their answers checked."""
 
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,69 @@ def freeze(module: Module) -> Module:
     module.requires_grad_(False)
     module.zero_grad(set_to_none=True)
     return module
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Inside, these modules and all of their parts are in evaluation mode; after, as they were."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def logits_of(output: Any, count: int) -> Tensor:
+    """The logits (B, classes) in what a classifier returned for B = ``count`` images.
+
+    Taken as they are: a tensor; a tuple or list with nothing but one; a mapping with the key
+    "logits", or an object with that attribute. `ValueError` for anything else, and for another
+    shape.
+    """
+    found = output
+    if isinstance(found, Mapping):
+        found = found.get("logits")
+    elif isinstance(found, tuple | list) and not hasattr(found, "logits"):
+        found = found[0] if len(found) == 1 else None
+    elif not isinstance(found, Tensor):
+        found = getattr(found, "logits", None)
+    if not isinstance(found, Tensor):
+        kind = type(output).__name__
+        if isinstance(output, Mapping):
+            kind += f" with {list(output)}"
+        elif isinstance(output, tuple | list):
+            kind += f" of {len(output)}"
+        raise ValueError(
+            f"classifier: expected logits (B, classes), or one tensor called logits, got a {kind}; "
+            "wrap it in a module that returns the logits"
+        )
+    if found.ndim != 2 or len(found) != count or not found.is_floating_point():
+        raise ValueError(
+            f"classifier: expected logits ({count}, classes), floating, for {count} images, got "
+            f"{tuple(found.shape)} {found.dtype}"
+        )
+    return found
+
+
+def labels_of(y: Tensor, count: int) -> Tensor:
+    """Labels (B,) int64 from labels of any integer type, (B,) or (B,1); `ValueError` otherwise."""
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"labels: expected whole numbers, got {y.dtype}")
+    if y.shape not in ((count,), (count, 1)):
+        raise ValueError(f"labels: expected ({count},) for {count} images, got {tuple(y.shape)}")
+    return y.flatten().long()
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """`ValueError` unless labels (B,) are 0 to ``classes`` - 1."""
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(
+            f"labels: expected 0 to {classes - 1}, as many as the classifier has logits, got "
+            f"{int(y.min())} to {int(y.max())}"
+        )
 
 
 def flops(net: nn.Module, x: Tensor, *, weights: bool = False, back: bool = True) -> int:

@@ -20,3 +20,22 @@ def to_pixels(net: Tensor) -> Tensor:
 def from_bytes(images: Tensor) -> Tensor:
     """uint8 (N,C,H,W) in 0..255 -> float32 pixels in [0, 1]."""
     return images.to(torch.float32) / 255.0
+
+
+def check_pixels(x: Tensor, *, beyond: float = 1e-6) -> None:
+    """`ValueError` unless x is a batch of images (B,C,H,W) of floating pixels in [0, 1].
+
+    They may leave that range by ``beyond``.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"x: expected images (B,C,H,W), floating, pixels in [0, 1], got {tuple(x.shape)} "
+            f"{x.dtype}"
+        )
+    if x.numel():
+        low, high = (float(end) for end in x.detach().aminmax())
+        if not (-beyond <= low and high <= 1.0 + beyond):  # nor if one is not a number
+            raise ValueError(
+                f"x: expected pixels in [0, 1], got {low:g} to {high:g}; divide 0..255 by "
+                "255, and put a normalization into the classifier"
+            )

@@ -10,13 +10,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from scipy.special import stdtrit
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from defense.eot import EOTDefense
+from defense.inference import logits_of
 from defense.losses import margin
 
 METRICS = ("mean_logits", "average", "majority", "worst")
@@ -144,10 +144,69 @@ class Answer(NamedTuple):
     drawn: Tensor  # (B,) int64
 
 
-def answer(model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Answer:
+@runtime_checkable
+class Replicated(Protocol):
+    """A defense that draws its answer: what the judge asks of it, whoever wrote it.
+
+    ``replicas`` is H, how many draws make a verdict. ``replica_logits`` gives that many of them, or
+    another number: images (B,C,H,W) in [0, 1] -> logits (replicas,B,classes). `EOTDefense` is one.
+    """
+
+    replicas: int
+
+    def replica_logits(
+        self, x: Tensor, *, replicas: int | None = None, generator: Generator | None = None
+    ) -> Tensor: ...
+
+
+class Repeated:
+    """Any other module as a `Replicated`: a draw is a call, and one is enough if calls agree.
+
+    ``x`` (B,C,H,W) are images to try that on: the module is asked `CALLS` times. A module that
+    draws its noise from torch's global stream, as dropout does, is then asked ``replicas`` times.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, replicas: int) -> None:
+        self.model = model
+        self.replicas = 1
+        if replicas > 1:
+            first, *others = (self.ask(x) for _ in range(CALLS))
+            if any(random_answers(first, other) for other in others):
+                self.replicas = replicas
+
+    def ask(self, x: Tensor) -> Tensor:
+        """Logits (B, classes)."""
+        return logits_of(self.model(x), len(x))
+
+    def replica_logits(
+        self, x: Tensor, *, replicas: int | None = None, generator: Generator | None = None
+    ) -> Tensor:
+        count = self.replicas if replicas is None else replicas
+        return torch.stack([self.ask(x) for _ in range(count)])
+
+
+CALLS = 5  # by which a module that answers at random is told from one that does not
+ROUNDING = 1e-3  # of logits, relative to the largest: by so much two runs of one network may differ
+
+
+def random_answers(first: Tensor, second: Tensor) -> bool:
+    """Whether two answers (B, classes) to the same images differ by more than rounding."""
+    scale = float(first.abs().max()) if first.numel() else 0.0
+    same = torch.isclose(first, second, rtol=0.0, atol=ROUNDING * max(scale, 1e-6), equal_nan=True)
+    return not bool(same.all())
+
+
+def replicated(model: nn.Module | Replicated, x: Tensor, replicas: int) -> Replicated:
+    """The model if it draws replicas by itself, else `Repeated`; x (b,C,H,W) to try it on."""
+    if isinstance(model, Replicated):
+        return model
+    return Repeated(model, x, replicas)
+
+
+def answer(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Answer:
     """Of all replicas of a defense, or of as many as its verdict on labels y takes."""
-    if sequential is None or not isinstance(model, EOTDefense):
-        replicas = model.replica_logits(x) if isinstance(model, EOTDefense) else model(x)[None]
+    if sequential is None or model.replicas == 1:
+        replicas = model.replica_logits(x)
         return Answer(replicas.mean(0), replicas, torch.full_like(y, len(replicas)))
 
     def draw(images: Tensor, count: int) -> Tensor:
@@ -156,7 +215,7 @@ def answer(model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None
     return sequential.answer(draw, y, model.replicas)
 
 
-def wrong(model: nn.Module, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Tensor:
+def wrong(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Tensor:
     """(B,) bool: the mean logits are not y's."""
     return ~is_right(answer(model, x, y, sequential).logits, y)
 

@@ -14,12 +14,16 @@ def flags_of(result: AttackResult) -> list[str]:
     record, about, labels = result.record, result.about, result.images.labels
     flags = []
     broken = record.broken_at != NEVER
-    attacked = ~record.losses[:, 0].isnan()
+    attacked = ~record.losses[:, 0].isnan() | (record.not_finite > 0)
     gradient = about.get("gradient")
     if gradient in ("exact", "smoothed") and attacked.any() and not record.through_chain.any():
         flags.append("gradient is the identity: the energy is piecewise linear")
-    if not torch.isfinite(record.losses[attacked]).all():
-        flags.append("losses that are no numbers")
+    lost = int((record.not_finite > 0).sum())
+    if lost:
+        flags.append(
+            f"losses or gradients that are no numbers on {lost} of {len(labels)} images, which are "
+            "not called robust"
+        )
     flat = float((record.flat_steps[attacked] > 0).float().mean()) if attacked.any() else 0.0
     if flat > 0:
         flags.append(f"zero gradients on {flat:.0%} of the attacked images")
@@ -32,8 +36,8 @@ def flags_of(result: AttackResult) -> list[str]:
         if unrepeated > UNREPEATED:
             flags.append(f"{unrepeated:.0%} of the breaks do not repeat with fresh noise")
     if gradient not in (None, "none") and attacked.any():
-        first, _, last = record.losses[attacked].unbind(1)
-        if float(last.mean()) <= float(first.mean()) and not broken.any():
+        first, _, last = record.losses[attacked & (record.not_finite == 0)].unbind(1)
+        if len(first) and float(last.mean()) <= float(first.mean()) and not broken.any():
             flags.append("the loss did not rise")
     return flags
 

@@ -4,6 +4,7 @@ The baseline is trained adversarially (Madry et al. 2018), as in Tables 2 and 3,
 network and in the same loop.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from stages.hardware import Hardware
 from stages.params import TRAININGS, Params
 from stages.resume import Scratch, Stopwatch
 
+LOOK_EVERY = 50  # batches between two looks at the loss
 COMPILED_BATCHES = 5000  # from so many on a GPU, torch.compile gains more than its minute
 
 
@@ -72,15 +74,26 @@ def run(
         done = trainer.epochs_done * trainer.batches + trainer.batches_done
         with Track(name, config.epochs * trainer.batches, unit="batches", done=done) as track:
 
+            def refuse_divergence(loss: float) -> None:
+                if not math.isfinite(loss):
+                    raise StageError(
+                        f"{name}: the loss is not a number in epoch {len(rows) + 1}; lower "
+                        f"data.{dataset}.{'adversarial' if trainer.adversary else 'classifier'}"
+                        ".learning_rate"
+                    )
+
             def on_batch() -> None:
                 track.advance(watch=watch)
                 scratch.lap()
+                if trainer.batches_done % LOOK_EVERY == 0:
+                    refuse_divergence(float(trainer.total))
                 if saved.due() or scratch.stopping:
                     save_state(checkpoint, {**trainer.state_dict(), "rows": rows})
                     scratch.check()
 
             while trainer.epochs_done < config.epochs:
                 loss = trainer.epoch(on_batch)
+                refuse_divergence(loss)
                 rows.append((trainer.epochs_done, loss, accuracy()))
                 watch = f"loss {loss:.3f}  {looked_at} accuracy {rows[-1][2]:.4f}"
         write_csv(history, ("epoch", "loss", f"{looked_at}_accuracy"), rows)
@@ -116,7 +129,7 @@ def make_trainer(
 
 def worth_compiling(config: ClassifierTrainConfig, images: int, device: torch.device) -> bool:
     """Whether the training is long enough; on a CPU it never is: measured, a tenth is gained."""
-    batches = config.epochs * -(-images // config.batch)
+    batches = config.epochs * (images // config.batch)
     worth = device.type == "cuda" and batches >= COMPILED_BATCHES
     how = "torch.compile (TORCH_COMPILE_DISABLE=1 turns it off)" if worth else "not compiled"
     detail(f"engine: classifier in {config.precision}, channels last, {how} ({batches} batches)")

@@ -4,6 +4,7 @@ Images are of one gray value, and `brightness` calls an image class 1 where its 
 threshold. From the image itself, with label 0, every l_inf update adds ALPHA to the mean.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from defense.eot import EOTDefense
 from defense.langevin import LangevinConfig
 from defense.losses import margin
 from defense.threat import ThreatModel
+from defense.verdict import scores
 
 GRAY, ALPHA = 0.5, 2 / 255
 
@@ -54,7 +56,7 @@ def labels(count: int, label: int = 0) -> Tensor:
 def config(steps: int, *offsets: float, eps: float = 100.0, **options) -> AttackConfig:
     """Steps of ALPHA, one restart for each given offset; one from the image if there is none."""
     starts = {"offsets": iter(offsets)} if offsets else {}
-    options = {"restarts": max(1, len(offsets)), **options}
+    options = {"restarts": max(1, len(offsets)), "replicas": 1, **options}
     return AttackConfig(StartAt("linf", eps, **starts), steps, 2.0, **options)
 
 
@@ -351,6 +353,165 @@ def test_logits_that_are_no_numbers_do_not_pass_for_robustness(attack) -> None:
     model, target = Constant([nan, nan], [nan, nan]), Constant([1.0, 0.0], [nan, nan])
     record = attack(model, target, gray(0), config(2))
     assert not record.robust(labels(1)).any()
+
+
+class Broken(nn.Module):
+    """The brightness classifier, but for its logits or its gradients, which are no numbers."""
+
+    def __init__(self, sound: nn.Module, what: str, calls: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sound, self.what, self.calls, self.asked = sound, what, calls, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = self.asked in self.calls
+        self.asked += 1
+        if not now:
+            return self.sound(x)
+        if self.what == "logits":
+            return self.sound(x) * torch.nan
+        return self.sound(x) + 0 * (x - x.detach()).abs().sqrt().sum()  # a slope of 0/0
+
+
+@pytest.mark.parametrize("what", ["logits", "gradients"])
+@pytest.mark.parametrize("calls", [(0,), (2,), (0, 1, 2, 3, 4)])
+def test_an_attack_without_numbers_makes_nothing_robust(
+    brightness, attack, what: str, calls: tuple[int, ...]
+) -> None:
+    """The target is sound and never broken; the images were not attacked as they should be."""
+    target = brightness(level(50))
+    record = attack(Broken(brightness(level(50)), what, calls), target, gray(0, 1), config(4))
+    assert record.not_finite.tolist() == [len(calls)] * 2
+    assert record.broken_at.tolist() == [NEVER] * 2
+    assert record.clean_correct(labels(2)).all()
+    assert not record.robust(labels(2)).any()
+    assert torch.isfinite(record.adversarial).all()
+
+
+class Drawn(nn.Module):
+    """A defense of somebody else: classes 1 and 0 by turns, draw by draw."""
+
+    def __init__(self, mean: float) -> None:
+        super().__init__()
+        self.replicas, self.mean, self.asked = 8, mean, list[int | None]()
+
+    def replica_logits(self, x: Tensor, *, replicas: int | None = None, generator=None) -> Tensor:
+        self.asked.append(replicas)
+        count = self.replicas if replicas is None else replicas
+        draws = torch.tensor([[0.0, self.mean + (-1.0) ** i] for i in range(count)])
+        return draws[:, None].expand(count, len(x), 2).clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.replica_logits(x).mean(0) + 0 * x.flatten(1)[:, :2]
+
+
+@pytest.mark.parametrize(("mean", "robust"), [(-0.5, True), (0.5, False)])
+def test_anybodys_replicas_make_four_metrics(attack, mean: float, robust: bool) -> None:
+    target = Drawn(mean)
+    record = attack(target, target, gray(0, 0), config(1))
+    assert target.asked[0] is None, "all of its replicas"
+    assert record.clean_classes.tolist() == [[1, 0] * 4] * 2
+    found = scores(record.clean_logits, record.clean_classes, labels(2), draws=8)
+    assert found["mean_logits"].tolist() == [float(robust)] * 2
+    assert found["average"].tolist() == [0.5] * 2
+    assert found["worst"].tolist() == [0.0] * 2
+    assert record.robust(labels(2)).tolist() == [robust] * 2
+
+
+class Coin(nn.Module):
+    """Draws its answers from torch's global stream, as dropout does."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        right = (torch.rand(len(x)) < self.share).float()
+        return torch.stack([right, 1 - right], 1) + 0 * x.flatten(1)[:, :2]
+
+
+def test_a_module_that_answers_at_random_is_asked_often(attack) -> None:
+    torch.manual_seed(0)
+    settings = config(1, replicas=60)
+    record = attack(Coin(0.8), Coin(0.8), gray(0, 0, 0), settings)
+    assert record.clean_classes.shape == (3, 60)
+    shares = (record.clean_classes == 0).float().mean(1)
+    assert ((shares - 0.8).abs() < 5 * (0.16 / 60) ** 0.5).all()
+    assert record.clean_correct(labels(3)).all()
+
+
+def test_a_module_that_always_says_the_same_is_asked_once(brightness, attack) -> None:
+    target = brightness(level(50))
+    record = attack(brightness(level(50)), target, gray(0, 0, 0), config(1, replicas=60))
+    assert record.clean_classes.shape == (3, 1)
+    assert target.batch_sizes == [3] * 7, "five tries, the clean images, the final draw"
+
+
+def test_two_defenses_of_one_seed_are_refused(tiny_classifier, tiny_energy, images, seeded) -> None:
+    def defense(seed: int | None) -> EOTDefense:
+        chain = LangevinConfig(2, 0.1)
+        return EOTDefense(tiny_classifier, tiny_energy, chain, replicas=2, seed=seed)
+
+    def run(surrogate: EOTDefense, target: EOTDefense) -> AttackRecord:
+        settings = AttackConfig(ThreatModel("linf", 8.0), 1, 2.0)
+        return run_attack(surrogate, target, images, labels(5), settings, generator=seeded())
+
+    with pytest.raises(ValueError, match=r"seed: expected noise of their own .* got 3 twice"):
+        run(defense(3), defense(3))
+    one = defense(3)
+    for pair in ((defense(3), defense(4)), (defense(None), defense(None)), (one, one)):
+        run(*pair)
+    unseeded = defense(None)
+    with pytest.raises(ValueError, match="seed: expected noise of their own"):
+        run(copy.deepcopy(unseeded), unseeded)
+
+
+def test_networks_in_training_mode_are_attacked_in_evaluation_mode_and_left(seeded) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 2))
+    x, y = torch.rand(6, 1, 8, 8, generator=seeded(1)), labels(6)
+    settings = AttackConfig(ThreatModel("linf", 8.0), 3, 2.0)
+
+    def run() -> AttackRecord:
+        return run_attack(network, network, x, y, settings, generator=seeded())
+
+    at_rest = (network.eval(), run())[1]
+    training = (network.train(), run())[1]
+    assert all(module.training for module in network.modules())
+    assert network[1].num_batches_tracked == 0
+    assert torch.equal(training.adversarial, at_rest.adversarial)
+    assert torch.equal(training.clean_logits, at_rest.clean_logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+@pytest.mark.parametrize("column", [False, True])
+def test_labels_of_any_integer_type_are_taken(brightness, attack, dtype, column: bool) -> None:
+    model = brightness(level(1.5))
+    y = labels(2).to(dtype)
+    record = attack(model, model, gray(0, 0), config(3), y[:, None] if column else y)
+    assert record.broken_at.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (gray(0, 0), torch.zeros(2), "labels: expected whole numbers, got torch.float32"),
+        (gray(0, 0), labels(3), r"labels: expected \(2,\) for 2 images, got \(3,\)"),
+        (gray(0, 0), torch.tensor([0, 2]), "labels: expected 0 to 1, .* got 0 to 2"),
+        (gray(0, 0), torch.tensor([-1, 0]), "labels: expected 0 to 1, .* got -1 to 0"),
+        (255 * gray(1, 2), labels(2), r"x: expected pixels in \[0, 1\], got"),
+        (2 * gray(-40, 1) - 1, labels(2), r"x: expected pixels in \[0, 1\], got"),
+        (gray(0, 1) * torch.nan, labels(2), r"x: expected pixels in \[0, 1\], got"),
+        ((255 * gray(0, 1)).byte(), labels(2), r"x: expected images \(B,C,H,W\), floating"),
+    ],
+)
+def test_images_and_labels_are_checked_before_any_attack(
+    brightness, attack, x: Tensor, y: Tensor, message: str
+) -> None:
+    model = brightness(level(1.5))
+    with pytest.raises(ValueError, match=message):
+        attack(model, model, x, config(3), y)
+    with pytest.raises(ValueError, match=message):
+        run_transfer(model, x, x, y, config(3))
 
 
 def test_it_runs_in_inference_mode(brightness, attack) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def make_defense(tiny_classifier, tiny_energy):
     """``make_defense(replicas=3, seed=1)``: the tiny nets and chains of two steps."""
 
     def make(config: LangevinConfig = TWO_STEPS, **options) -> EOTDefense:
-        return EOTDefense(tiny_classifier, tiny_energy, config, **options)
+        return EOTDefense(tiny_classifier, tiny_energy, config, **{"seed": 0, **options})
 
     return make
 
@@ -123,7 +124,8 @@ def test_the_classifier_is_given_the_purified_images_exactly(tiny_energy, images
     """Dark pixels have digits that x + (purified - x) would round away."""
     images, replicas = images**4, 3
     defense, twin, third = (
-        EOTDefense(nn.Flatten(), tiny_energy, TWO_STEPS, replicas=replicas) for _ in range(3)
+        EOTDefense(nn.Flatten(), tiny_energy, TWO_STEPS, replicas=replicas, seed=0)
+        for _ in range(3)
     )
     copies = images.repeat(replicas, 1, 1, 1)
     purified = defense.purify(copies)
@@ -149,7 +151,9 @@ def test_the_gradient_is_equation_10_times_the_number_of_replicas(make_defense, 
 
 def test_the_gradient_through_linear_logits_is_known(tiny_energy, images) -> None:
     linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    defense, twin = (EOTDefense(linear, tiny_energy, TWO_STEPS, replicas=6) for _ in range(2))
+    defense, twin = (
+        EOTDefense(linear, tiny_energy, TWO_STEPS, replicas=6, seed=0) for _ in range(2)
+    )
     y = torch.tensor([0, 1, 2, 0, 1])
     gradient, _ = loss_gradient(defense, images, y)
     error = twin(images).softmax(1) - F.one_hot(y, 3)
@@ -258,10 +262,40 @@ def test_an_empty_batch_has_no_logits(make_defense, images) -> None:
     assert make_defense(replicas=3)(images[:0]).shape == (0, 3)
 
 
-def test_construction_puts_the_networks_in_evaluation_mode(tiny_classifier, tiny_energy) -> None:
-    tiny_classifier.train()
-    defense = EOTDefense(tiny_classifier, tiny_energy, TWO_STEPS, replicas=1)
-    assert not any(module.training for module in defense.modules())
+class Modes(nn.Module):
+    """Logits are the first three pixels; notes in which mode it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Dropout(0.9)
+        self.asked_in_training: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked_in_training.append(self.training or self.part.training)
+        return self.part(x).flatten(1)[:, :3]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_networks_are_asked_in_evaluation_mode_and_left_as_they_were(
+    quadratic, images, monkeypatch, pieces: bool
+) -> None:
+    """On the way back, too, where the activations of many pieces are made again."""
+    if pieces:
+        monkeypatch.setattr(defense.eot, "CLASSIFIER_PIXELS", 2 * 8 * 8)
+    classifier = Modes().train()
+    defended = EOTDefense(classifier, quadratic(0.1), TWO_STEPS, replicas=2)
+    x = images.clone().requires_grad_(True)
+    logits = defended(x)
+    assert classifier.training
+    assert classifier.part.training
+    logits.sum().backward()
+    assert len(classifier.asked_in_training) >= (2 if pieces else 1)
+    assert not any(classifier.asked_in_training)
+    assert classifier.training
+    defended.eval()
+    defended.train()
+    assert not defended.training
+    assert classifier.training, "the mode of the parts is their owner's"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -279,7 +313,7 @@ def test_bad_arguments_are_said(make_defense, images) -> None:
     with pytest.raises(ValueError, match="max_chains: expected >= 1, got 0"):
         make_defense(replicas=1, max_chains=0)
     with pytest.raises(
-        ValueError, match=r"x: expected images \(B,C,H,W\), floating, got \(1, 8, 8\)"
+        ValueError, match=r"x: expected images \(B,C,H,W\), floating.* got \(1, 8, 8\)"
     ):
         make_defense(replicas=1)(images[0])
 
@@ -324,6 +358,51 @@ def test_pixels_of_another_range_are_refused(make_defense, images, factor: float
         make_defense(replicas=2)((255 * images).to(torch.uint8))
 
 
-def test_training_mode_does_not_reach_the_classifier(make_defense) -> None:
-    defense = make_defense(replicas=2).train()
-    assert not any(module.training for module in defense.modules())
+def test_without_a_seed_every_defense_has_noise_of_its_own(tiny_classifier, tiny_energy, images):
+    first, second = (
+        EOTDefense(tiny_classifier, tiny_energy, TWO_STEPS, replicas=2) for _ in range(2)
+    )
+    logits = first(images)
+    assert not torch.equal(logits, second(images))
+    again = EOTDefense(tiny_classifier, tiny_energy, TWO_STEPS, replicas=2, seed=first.seed)
+    assert torch.equal(again(images), logits), "the seed that it drew repeats it"
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda z: (z, z), "classifier: expected logits .* got a tuple of 2"),
+        (lambda z: {"scores": z}, r"classifier: .* got a dict with \['scores'\]"),
+        (lambda z: z[:, :, None], r"classifier: expected logits \(10, classes\)"),
+        (lambda z: z[0], r"classifier: expected logits \(10, classes\)"),
+        (lambda z: z.long(), "classifier: .* torch.int64"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_refused(quadratic, images, wrap, message: str) -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor):
+            return wrap(x.flatten(1)[:, :3])
+
+    with pytest.raises(ValueError, match=message):
+        EOTDefense(Wrapped(), quadratic(0.1), TWO_STEPS, replicas=2)(images)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda z: (z,), lambda z: {"logits": z}, lambda z: SimpleNamespace(logits=z, loss=None)],
+)
+def test_logits_are_found_where_there_is_no_doubt(quadratic, images, wrap) -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor):
+            return wrap(x.flatten(1)[:, :3])
+
+    logits = EOTDefense(Wrapped(), quadratic(0.1), TWO_STEPS, replicas=2, seed=1)(images)
+    plain = EOTDefense(FirstPixels(), quadratic(0.1), TWO_STEPS, replicas=2, seed=1)(images)
+    assert torch.equal(logits, plain)
+
+
+@pytest.mark.parametrize("shift", [-1.0, -0.5, 0.2])
+def test_images_in_another_range_are_refused(make_defense, images, shift: float) -> None:
+    with pytest.raises(ValueError, match=r"x: expected pixels in \[0, 1\]"):
+        make_defense(replicas=1)(images + shift)
+    make_defense(replicas=1)((images + shift / 20).clone())  # an attack looks ahead

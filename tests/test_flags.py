@@ -32,6 +32,7 @@ def result(broken: int = 5, repeated: int | None = None, **about: Any) -> Attack
         broken_at=torch.where(torch.arange(N) < broken, 3, NEVER),
         restart=torch.where(torch.arange(N) < broken, 0, NEVER),
         losses=torch.tensor([[-5.0, 2.0, 1.0]]).repeat(N, 1),
+        not_finite=torch.zeros(N, dtype=torch.int64),
         flat_steps=torch.zeros(N, dtype=torch.int64),
         verified=torch.zeros(N, 2, dtype=torch.int64),
         early=torch.tensor([[10, 1]]).repeat(N, 1),
@@ -56,6 +57,20 @@ def test_an_exact_gradient_that_is_the_identity_is_flagged() -> None:
     identity = result(gradient="identity")
     identity.record.through_chain[:] = False
     assert flags_of(identity) == []
+
+
+def test_attacks_without_numbers_are_flagged_and_make_nothing_robust() -> None:
+    sound = result()
+    lost = result()
+    lost.record.not_finite[-3:] = 2
+    lost.record.losses[-3:] = torch.nan
+    assert not any("no numbers" in flag for flag in flags_of(sound))
+    said = (
+        f"losses or gradients that are no numbers on 3 of {N} images, which are not called robust"
+    )
+    assert said in flags_of(lost)
+    labels = lost.images.labels
+    assert int(sound.record.robust(labels).sum()) - int(lost.record.robust(labels).sum()) == 3
 
 
 def test_zero_gradients_are_flagged_with_their_share() -> None:

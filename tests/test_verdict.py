@@ -14,6 +14,7 @@ from defense.verdict import (
     clear_verdict,
     is_right,
     mean_logit_draws,
+    replicated,
     safe_and_borderline,
     scores,
     wrong,
@@ -129,8 +130,9 @@ def test_a_defense_draws_only_what_is_doubtful(tiny_classifier, tiny_energy, ima
 
 def test_a_network_has_one_answer(tiny_classifier, images) -> None:
     y = torch.zeros(5, dtype=torch.int64)
-    found = answer(tiny_classifier, images, y, Sequential(0.1))
-    assert torch.equal(wrong(tiny_classifier, images, y), ~is_right(found.logits, y))
+    network = replicated(tiny_classifier, images[:2], 50)
+    found = answer(network, images, y, Sequential(0.1))
+    assert torch.equal(wrong(network, images, y), ~is_right(found.logits, y))
     assert torch.equal(found.logits, tiny_classifier(images))
     assert found.drawn.tolist() == [1] * 5
 
