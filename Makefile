@@ -11,6 +11,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: tables test docs
 tables: $(VENV)/.installed
 	$(if $(PRESET),$(BIN)/stochsec preset $(PRESET))
+	@# A copy without its history, such as a ZIP of the repository: DVC has to be told.
+	@git rev-parse -q --git-dir > /dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true
 	$(BIN)/dvc repro
 
 test: $(VENV)/.installed-dev

@@ -182,6 +182,7 @@ class CompiledLangevin:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_graphs": {}, "_pool": None}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         energy: EnergyFn,

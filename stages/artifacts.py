@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from defense.attack import AttackRecord
 from stages import StageError
-from stages.files import Whole, require
+from stages.files import Whole, fingerprint, require
 from stages.params import Dataset
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -224,13 +224,31 @@ class AttackResult:
             raise StageError(f"{path}: not an attack record, it lacks {error}") from None
         return cls(images, record, about)
 
-    def of_pgd(self, data: Images, path: Path) -> Tensor:
-        """The adversarial images of a PGD record of ``data``, (N,C,S,S); else `StageError`."""
+    def of_pgd(
+        self, data: Images, path: Path, classifier: Path, ball: Mapping[str, object]
+    ) -> Tensor:
+        """The adversarial images that this record of PGD has for ``data``, (N,C,S,S).
+
+        `StageError` if it is of other images, another attack, another classifier, or another
+        ``ball`` (norm and eps_255): what it says would hold for something else.
+        """
         places = {place: i for i, place in enumerate(self.images.index.tolist())}
         rows = torch.tensor([places.get(place, -1) for place in data.index.tolist()])
         there = bool((rows >= 0).all()) and self.images.images[rows].equal(data.images)
         if self.about.get("attack") != "pgd" or not there:
             raise StageError(f"{path}: expected a record of attack pgd on the same test images")
+        for name, value in ball.items():
+            if self.about.get(name) != value:
+                raise StageError(
+                    f"{path}: its images were made with {name} = {self.about.get(name)}, and "
+                    f"params.yaml says {value}; run `stochsec attack DATASET pgd` again"
+                )
+        if self.about["files"]["classifier"] != fingerprint(classifier):
+            raise StageError(
+                f"{path}: its images were made for another classifier than {classifier}; run "
+                f"`stochsec attack DATASET pgd --classifier {classifier} --out MINE.safetensors`, "
+                "and give --pgd MINE.safetensors"
+            )
         return self.record.adversarial[rows]
 
     @classmethod

@@ -170,7 +170,7 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
         return Plan(steps, inputs, attack_defense(nets, attack, named), defense)
     pgd = AttackResult.load(files.pgd)
     inputs["pgd"] = files.pgd
-    judge = judge_transferred(nets, attack, pgd, files.pgd)
+    judge = judge_transferred(nets, attack, pgd, files)
     return Plan(1, inputs, judge, defense)
 
 
@@ -263,7 +263,7 @@ def verdicts(record: AttackRecord, labels: Tensor) -> dict[str, Tensor]:
     return {"natural": record.clean_correct(labels), "robust": record.robust(labels)}
 
 
-def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, path: Path) -> Evaluate:
+def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, files: Files) -> Evaluate:
     """Images of the PGD on the bare classifier, judged by the defense."""
     params = nets.params
     conditions = params.conditions(attack)
@@ -279,7 +279,7 @@ def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, path: Path) ->
     def evaluate(
         shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
     ) -> AttackRecord:
-        x_adv = pgd.of_pgd(images, path).to(x.device)
+        x_adv = pgd.of_pgd(images, files.pgd, files.classifier, params.ball()).to(x.device)
         target = nets.defense(steps, replicas, f"{attack}/{shard}")
         return run_transfer(target, x, x_adv, y, config)
 

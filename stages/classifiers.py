@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from defense.classifier import WideResNet
-from defense.inference import freeze
+from defense.inference import freeze, logits_of
+from defense.rng import make_generator
+from defense.verdict import random_answers
 from stages import StageError
 from stages.artifacts import load_network
 from stages.files import require
@@ -15,6 +17,8 @@ from stages.hardware import Hardware
 from stages.params import Params
 
 EXPORTED = ".pt2"
+PICKLED = (".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl")
+TRIED = 4  # images that a classifier is tried on
 
 
 def new_classifier(params: Params, dataset: str) -> WideResNet:
@@ -31,9 +35,17 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
 
     A .safetensors file of `train-classifier` says which network it is; a .pt2 file is any network
     that `torch.export` has written, for batches of any size, from pixels in [0, 1] to logits.
+    `StageError` for a file of another kind, for weights that are no numbers, and for a network
+    whose answer to an image changes from call to call or with its neighbours in the batch.
     """
     if path.suffix == EXPORTED:
         classifier = _exported(path)
+    elif path.suffix in PICKLED:
+        raise StageError(
+            f"{path}: holds weights without their architecture; build the network in Python, load "
+            "them, call .eval(), and write it with torch.export.save(torch.export.export(...), "
+            "'mine.pt2'): README shows how"
+        )
     else:
         otherwise = new_classifier(params, dataset).architecture
         made_by = f"`stochsec train-classifier {dataset}`"
@@ -42,16 +54,36 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
         freeze(classifier.to(memory_format=torch.channels_last))
     classifier.to(hardware.device)
     data = params.dataset(dataset)
-    images = torch.rand(3, data.channels, data.image_size, data.image_size)
+    generator = make_generator(0, "images to try a classifier on")
+    shape = (TRIED, data.channels, data.image_size, data.image_size)
+    images = torch.rand(shape, generator=generator).to(hardware.device)
     try:
         with torch.no_grad():
-            logits: Tensor = classifier(images.to(hardware.device))
+            logits, again = (logits_of(classifier(images), TRIED) for _ in range(2))
+            alone = logits_of(classifier(images[:1]), 1)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StageError(f"{path}: does not take images of {dataset}: {reason}") from None
-    if logits.shape != (3, data.classes):
+    except ValueError as error:
+        raise StageError(f"{path}: {error}") from None
+    if logits.shape[1] != data.classes:
         raise StageError(
-            f"{path}: expected logits (3, {data.classes}) for 3 images, got {tuple(logits.shape)}"
+            f"{path}: expected logits ({TRIED}, {data.classes}) for {TRIED} images, got "
+            f"{tuple(logits.shape)}"
+        )
+    if not torch.isfinite(logits).all():
+        raise StageError(f"{path}: its logits are no numbers: its training has diverged")
+    if random_answers(logits, again):
+        raise StageError(
+            f"{path}: its answer to an image changes from call to call, as with dropout in a "
+            "network that was exported in training mode; call .eval() before the export. A "
+            "classifier that is meant to draw its answer is judged from Python: defense.Replicated"
+        )
+    if random_answers(logits[:1], alone):
+        raise StageError(
+            f"{path}: its answer to an image depends on the other images in the batch, as with "
+            "batch normalization in a network that was exported in training mode; call .eval() "
+            "before the export"
         )
     return classifier
 
@@ -69,8 +101,7 @@ class Exported(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (B,C,H,W) in [0, 1] -> logits (B, classes)."""
-        logits: Tensor = self.program(x)
-        return logits
+        return logits_of(self.program(x), len(x))
 
 
 def _exported(path: Path) -> nn.Module:

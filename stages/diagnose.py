@@ -41,7 +41,7 @@ def run(
         data = p.data[dataset]
         return p.seed, dataset, data, p.langevin, p.diagnose
 
-    adversarial = AttackResult.load(pgd).of_pgd(data, pgd)
+    adversarial = AttackResult.load(pgd).of_pgd(data, pgd, classifier, params.ball())
     inputs = {"images": images, "classifier": classifier, "energy": energy, "pgd": pgd}
     with Scratch(f"diagnose-{dataset}", params, key, inputs, hardware) as scratch:
         tensors = scratch.piece("logits", partial(logits, nets, data))

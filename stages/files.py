@@ -83,6 +83,9 @@ def pretrained(run: str) -> Path:
     return Path(f"pretrained/{run}")
 
 
+FULL = 2**16  # bytes; with fewer on its disk a file that could not be written had no space
+
+
 class Whole:
     """``with Whole(path) as partial:`` write to ``partial``; it becomes ``path`` at the end.
 
@@ -99,9 +102,21 @@ class Whole:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
+            self.partial.chmod(0o666 & ~umask())  # some libraries write files for their owner only
             self.partial.replace(self.path)
         else:
             self.partial.unlink(missing_ok=True)
+            if shutil.disk_usage(self.path.parent).free < FULL:  # libraries say it in many ways
+                raise StageError(
+                    f"{self.path}: no space left on its disk; what was finished before is kept"
+                ) from None
+
+
+def umask() -> int:
+    """Permissions that new files of this process lack."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class WholeFolder:

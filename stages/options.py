@@ -114,6 +114,10 @@ def mendable() -> Iterator[None]:
     except StageError as error:
         say(f"error: {error}")
         raise typer.Exit(TOO_SHORT if isinstance(error, WindowTooShort) else FAILED) from None
+    except OSError as error:  # no space, no permission, a file where a folder is expected
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"error: {where}{error.strerror or error}; what was finished before is kept")
+        raise typer.Exit(FAILED) from None
     except Stopped as stop:
         say(str(stop))
         raise typer.Exit(TIME_IS_UP if stop.time_is_up else 130) from None

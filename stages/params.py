@@ -198,6 +198,10 @@ class Params(Section):
             shown["early_verdicts"] = self.early_verdicts(attack)
         return shown
 
+    def ball(self) -> dict[str, object]:
+        """The threat model: norm and radius."""
+        return {"norm": self.attack.norm, "eps_255": self.attack.eps_255}
+
     def sweep_conditions(self) -> dict[str, object]:
         """What the sweep depends on: stated in its record, checked by the report."""
         attack = self.attack

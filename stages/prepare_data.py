@@ -6,11 +6,13 @@ order their copy of a dataset came in.
 """
 
 import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from defense.rng import make_generator
@@ -20,12 +22,13 @@ from stages.console import Track, say
 from stages.params import Dataset, Params
 
 SPLITS = ("train", "test")
+SHOWN = 5  # files that a message names
 
 
 def run(params: Params, dataset: str, out: Path) -> None:
     """Read, check, shuffle and write both splits of a dataset."""
     section = params.dataset(dataset)
-    root = Path(section.path or f"data/{dataset}")
+    root = where(section.path or f"data/{dataset}")
     parts: dict[str, Images] = {}
     for split in SPLITS:
         images, labels, origin = read_split(section, dataset, root, split)
@@ -52,6 +55,16 @@ def run(params: Params, dataset: str, out: Path) -> None:
         parts[split] = Images(images[order], labels[order], order)
         say(f"{dataset} {split}: {len(order)} of {len(labels)} images from {origin}")
     save_images(out, parts)
+
+
+def where(path: str) -> Path:
+    """A path of params.yaml; in a temporary experiment of DVC, where git-ignored data is not, ours.
+
+    DVC runs such an experiment in a copy of the files that git knows, and says where the
+    repository is.
+    """
+    here, there = Path(path), Path(os.environ.get("DVC_ROOT", ".")) / path
+    return there if there.exists() and not here.exists() else here
 
 
 def sorted_by_pixels(images: Tensor, labels: Tensor) -> list[int]:
@@ -134,34 +147,102 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor, str]:
 
 
 def read_folder(root: Path, section: Dataset) -> tuple[Tensor, Tensor, str]:
-    """One folder a class, classes in alphabetical order, any image files Pillow can read."""
-    from torchvision.datasets import ImageFolder
+    """One folder a class, classes in alphabetical order; files of any kind that Pillow reads.
 
-    try:
-        found = ImageFolder(str(root))
-        names = [ImageFolder(str(root.parent / split)).classes for split in SPLITS]
-    except OSError as error:
-        raise StageError(f"{root}: expected one folder of images a class ({error})") from None
-    if names[0] != names[1] or len(names[0]) != section.classes:
-        raise StageError(
-            f"{root.parent}: expected the same {section.classes} class folders in train and test, "
-            f"got {names[0]} and {names[1]}"
-        )
-    say(f"{root}: " + ", ".join(f"{label}={name}" for label, name in enumerate(names[0])))
-    files = found.samples
-    mode = "RGB" if section.channels == 3 else "L"
-    size = (section.image_size, section.image_size)
-    images = np.empty((len(files), section.channels, *size), np.uint8)
-    with Track(f"read {root}", len(files), unit="images") as track:
-        for i, (name, _) in enumerate(files):
-            try:
-                with Image.open(name) as image:
-                    pixels = np.asarray(image.convert(mode))
-            except (UnidentifiedImageError, OSError) as error:
-                raise StageError(f"{name}: cannot be read as an image ({error})") from None
-            if pixels.shape[:2] != size:
-                raise StageError(f"{name}: expected {size} pixels, got {pixels.shape[:2]}")
-            images[i] = pixels.reshape(*size, section.channels).transpose(2, 0, 1)
+    What a file is, its content says and not its name. Files that are no images are left out and
+    listed. What is not meant as one picture of 8 or 16 bits a value is an error that names the
+    file, see `read_picture`.
+    """
+    names = class_names(root, section)
+    say(f"{root}: " + ", ".join(f"{label}={name}" for label, name in enumerate(names)))
+    files = [
+        (path, label)
+        for label, name in enumerate(names)
+        for path in sorted((root / name).rglob("*"))
+        if path.is_file()
+    ]
+    images, labels = list[np.ndarray[Any, Any]](), list[int]()
+    left_out, animated = list[Path](), list[Path]()
+    with Track(f"read {root}", len(files), unit="files") as track:
+        for path, label in files:
+            picture = read_picture(path, section, animated)
+            if picture is None:
+                left_out.append(path)
+            else:
+                images.append(picture)
+                labels.append(label)
             track.advance()
-    labels = torch.tensor([label for _, label in files])
-    return torch.from_numpy(images), labels, str(root)
+    told(f"{root}: files that are no images, left out", left_out)
+    told(f"{root}: files of several frames, of which the first was taken", animated)
+    for label, name in enumerate(names):
+        if label not in labels:
+            raise StageError(f"{root / name}: expected images in it, found none")
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels), str(root)
+
+
+def class_names(root: Path, section: Dataset) -> list[str]:
+    """The class folders of a split, the same in both splits, in alphabetical order."""
+    found: dict[Path, list[str]] = {}
+    for folder in (root, *(root.parent / split for split in SPLITS)):
+        try:
+            there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        except OSError as error:
+            raise StageError(
+                f"{folder}: expected one folder of images a class ({error.strerror})"
+            ) from None
+        found[folder] = [name for name in there if not name.startswith(".")]
+    every = sorted(set().union(*found.values()))
+    for folder, names in found.items():
+        if len(names) != section.classes or names != every:
+            lacking = ", ".join(sorted(set(every) - set(names)))
+            raise StageError(
+                f"{folder}: expected the same {section.classes} class folders in train and test, "
+                f"found {names}" + (f", which lack {lacking}" if lacking else "")
+            )
+    return every
+
+
+def read_picture(path: Path, section: Dataset, animated: list[Path]) -> np.ndarray[Any, Any] | None:
+    """uint8 (C,S,S) of an image file, turned as its camera says; None for a file of another kind.
+
+    16 bits a value become 8. `StageError` for a file that is called an image and is none, for
+    transparent pixels, and for floating values or whole numbers whose range nobody can know.
+    Files of several frames are added to ``animated``.
+    """
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                animated.append(path)
+            picture = ImageOps.exif_transpose(image)
+            picture.load()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        Image.init()
+        if path.suffix.lower() in Image.registered_extensions():
+            raise StageError(f"{path}: cannot be read as an image ({error})") from None
+        return None
+    if picture.has_transparency_data:
+        if np.asarray(picture.convert("RGBA").getchannel("A")).min() < 255:
+            raise StageError(
+                f"{path}: has transparent pixels; put it on a background of your choice first"
+            )
+        picture = picture.convert("RGBA").convert("RGB")
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        values = np.asarray(picture)
+        if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise StageError(
+                f"{path}: expected 8 or 16 bits a value, got {values.dtype} from "
+                f"{values.min():g} to {values.max():g}"
+            )
+        picture = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+    pixels = np.asarray(picture.convert("RGB" if section.channels == 3 else "L"))
+    size = (section.image_size, section.image_size)
+    if pixels.shape[:2] != size:
+        raise StageError(f"{path}: expected {size} pixels, got {pixels.shape[:2]}")
+    return pixels.reshape(*size, section.channels).transpose(2, 0, 1)
+
+
+def told(what: str, paths: list[Path]) -> None:
+    """Say how many files something is true of, and which."""
+    if paths:
+        shown = ", ".join(map(str, paths[:SHOWN])) + (", ..." if len(paths) > SHOWN else "")
+        say(f"{what}: {len(paths)}: {shown}")

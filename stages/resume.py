@@ -1,6 +1,5 @@
 """Work in progress, kept outside DVC's outs (DVC deletes outs before a run) and safe to kill."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from stages import StageError, Stopped, WindowTooShort
@@ -76,15 +76,15 @@ class Scratch:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self.folder.with_suffix(".lock").open("w")
+        self._lock = FileLock(self.folder.with_suffix(".lock"))
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock.acquire(blocking=False)
+        except Timeout:
             raise StageError(f"{self.folder}: another process is at this very work") from None
         try:
             self._take_up()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         self._handlers = {
             number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
@@ -248,7 +248,7 @@ class Scratch:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._lock.close()
+        self._lock.release()
 
 
 REMEDY = "delete it, or name another file"

@@ -12,6 +12,7 @@ from typer.testing import Result
 
 from stages.artifacts import Images, load_images
 from stages.params import Dataset
+from stages.prepare_data import where
 from tests.tiny import command, tiny_params
 
 SECTION = Dataset.model_validate(
@@ -122,7 +123,135 @@ def test_class_folders_that_differ_between_the_splits_are_named(tmp_path: Path) 
     (tmp_path / "test/cat").rename(tmp_path / "test/wolf")
     result = prepare(tmp_path, "folder")
     assert result.exit_code == 2
-    assert "expected the same 2 class folders" in " ".join(result.output.split())
+    said = " ".join(result.output.split())
+    assert "expected the same 2 class folders in train and test" in said
+    assert "which lack" in said
+
+
+def test_files_are_read_by_content_and_the_others_are_named(tmp_path: Path) -> None:
+    """The same picture in several formats, one under a name that says nothing."""
+    make_folders(tmp_path)
+    folder = tmp_path / "train/cat"
+    with Image.open(folder / "0.png") as image:
+        image.save(folder / "0.bmp")
+        image.save(folder / "0.jp2", "JPEG2000", irreversible=False)
+        image.save(folder / "picture", "PNG")
+        image.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "0.GIF")
+    (folder / "notes.txt").write_text("a cat")
+    result = prepare(tmp_path, "folder")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0, said
+    assert "own train: 10 of 10 images" in said
+    assert f"files that are no images, left out: 1: {folder}/notes.txt" in said.replace("/ ", "/")
+    train = load_images(tmp_path / "out.npz", "train", SECTION)
+    with Image.open(folder / "0.png") as image:
+        expected = np.asarray(image).transpose(2, 0, 1)
+    same = [np.array_equal(image.numpy(), expected) for image in train.images]
+    assert sum(same) == 5, "png, bmp, jp2, gif, and the file without an ending"
+
+
+def gray_params(folder: Path) -> Path:
+    path = own_params(folder, "folder")
+    values = yaml.safe_load(path.read_text())
+    values["data"]["own"]["channels"] = 1
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def saved_everywhere(folder: Path, image: Image.Image, name: str, **options: Any) -> None:
+    for split in ("train", "test"):
+        for kind in ("cat", "dog"):
+            (folder / split / kind).mkdir(parents=True, exist_ok=True)
+            image.save(folder / split / kind / name, **options)
+
+
+def test_16_bits_keep_their_levels(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    saved_everywhere(tmp_path, Image.fromarray(ramp), "ramp.png")
+    words = f"prepare-data own --params {gray_params(tmp_path)} --out {tmp_path}/out.npz"
+    result = command(words)
+    assert result.exit_code == 0, result.output
+    gray = SECTION.model_copy(update={"channels": 1})
+    image = load_images(tmp_path / "out.npz", "train", gray).images[0, 0]
+    assert image.flatten().tolist() == np.round(ramp / 257).astype(int).flatten().tolist()
+
+
+def test_a_camera_held_sideways(tmp_path: Path) -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees to see it upright
+    saved_everywhere(tmp_path, Image.fromarray(pixels), "turned.png", exif=exif)
+    words = f"prepare-data own --params {gray_params(tmp_path)} --out {tmp_path}/out.npz"
+    assert command(words).exit_code == 0
+    gray = SECTION.model_copy(update={"channels": 1})
+    image = load_images(tmp_path / "out.npz", "train", gray).images[0, 0]
+    assert np.array_equal(image.numpy(), np.rot90(pixels, -1))
+
+
+def test_an_animation_is_said(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (10, 200)]
+    options = {"save_all": True, "append_images": frames[1:]}
+    saved_everywhere(tmp_path, frames[0], "moving.gif", **options)
+    words = f"prepare-data own --params {gray_params(tmp_path)} --out {tmp_path}/out.npz"
+    result = command(words)
+    assert result.exit_code == 0
+    assert "files of several frames, of which the first was taken: 2" in " ".join(
+        result.output.split()
+    )
+    gray = SECTION.model_copy(update={"channels": 1})
+    assert set(load_images(tmp_path / "out.npz", "train", gray).images.flatten().tolist()) == {10}
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "message"),
+    [
+        (Image.new("RGBA", (8, 8), (200, 0, 0, 128)), "half.png", "has transparent pixels"),
+        (
+            Image.fromarray(np.full((8, 8), 0.5, np.float32)),
+            "float.tiff",
+            "expected 8 or 16 bits a value, got float32 from 0.5 to 0.5",
+        ),
+    ],
+)
+def test_pictures_that_nobody_can_take_as_meant_are_refused(
+    tmp_path: Path, image: Image.Image, name: str, message: str
+) -> None:
+    saved_everywhere(tmp_path, image, name)
+    result = prepare(tmp_path, "folder")
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert f"{name}: {message}" in said.replace("/ ", "/")
+
+
+def test_opaque_alpha_is_no_alpha(tmp_path: Path) -> None:
+    saved_everywhere(tmp_path, Image.new("RGBA", (8, 8), (200, 0, 0, 255)), "full.png")
+    assert prepare(tmp_path, "folder").exit_code == 0
+    train = load_images(tmp_path / "out.npz", "train", SECTION)
+    assert train.images[0, :, 0, 0].tolist() == [200, 0, 0]
+
+
+def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    for path in (tmp_path / "test/dog").iterdir():
+        path.unlink()
+    result = prepare(tmp_path, "folder")
+    assert result.exit_code == 2
+    said = "".join(result.output.split())
+    assert f"error:{tmp_path}/test/dog:expectedimagesinit,foundnone" in said
+
+
+def test_a_temporary_experiment_of_dvc_finds_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC copies what git knows; data/ is not among it."""
+    (tmp_path / "repository/data").mkdir(parents=True)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "repository"))
+    assert where("data") == tmp_path / "repository/data"
+    assert where("none") == Path("none")
+    Path("data").mkdir()
+    assert where("data") == Path("data")
 
 
 @pytest.mark.parametrize(
