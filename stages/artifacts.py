@@ -1,4 +1,4 @@
-"""Images, weights, training states and records on disk."""
+"""Images, weights, training states and named tensors on disk."""
 
 import io
 import json
@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defense.attack import AttackRecord
 from stages import StageError
-from stages.files import Whole, fingerprint, require
+from stages.files import Whole, require
 from stages.params import Dataset
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -156,7 +155,7 @@ def load_state(path: Path, made_by: str, device: torch.device) -> dict[str, Any]
     return state
 
 
-# Records
+# Tensors
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
@@ -197,67 +196,3 @@ def together(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if len(said) > 1:
             about[name] = ", ".join(said)
     return about
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """An attack record with its images: what the report judges."""
-
-    images: Images
-    record: AttackRecord
-    about: dict[str, Any]
-
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
-        tensors = {field.name: getattr(self.record, field.name) for field in fields(AttackRecord)}
-        save_tensors(path, {**vars(self.images), **tensors}, self.about)
-
-    @classmethod
-    def load(cls, path: Path, made_by: str = "`stochsec attack`") -> "AttackResult":
-        """Read what `save` wrote."""
-        require(path, made_by)
-        tensors, about = load_tensors(path)
-        try:
-            images = Images(**{f.name: tensors[f.name] for f in fields(Images)})
-            record = AttackRecord(**{f.name: tensors[f.name] for f in fields(AttackRecord)})
-        except KeyError as error:
-            raise StageError(f"{path}: not an attack record, it lacks {error}") from None
-        return cls(images, record, about)
-
-    def of_pgd(
-        self, data: Images, path: Path, classifier: Path, ball: Mapping[str, object]
-    ) -> Tensor:
-        """The adversarial images that this record of PGD has for ``data``, (N,C,S,S).
-
-        `StageError` if it is of other images, another attack, another classifier, or another
-        ``ball`` (norm and eps_255): what it says would hold for something else.
-        """
-        places = {place: i for i, place in enumerate(self.images.index.tolist())}
-        rows = torch.tensor([places.get(place, -1) for place in data.index.tolist()])
-        there = bool((rows >= 0).all()) and self.images.images[rows].equal(data.images)
-        if self.about.get("attack") != "pgd" or not there:
-            raise StageError(f"{path}: expected a record of attack pgd on the same test images")
-        for name, value in ball.items():
-            if self.about.get(name) != value:
-                raise StageError(
-                    f"{path}: its images were made with {name} = {self.about.get(name)}, and "
-                    f"params.yaml says {value}; run `stochsec attack DATASET pgd` again"
-                )
-        if self.about["files"]["classifier"] != fingerprint(classifier):
-            raise StageError(
-                f"{path}: its images were made for another classifier than {classifier}; run "
-                f"`stochsec attack DATASET pgd --classifier {classifier} --out MINE.safetensors`, "
-                "and give --pgd MINE.safetensors"
-            )
-        return self.record.adversarial[rows]
-
-    @classmethod
-    def concatenate(cls, parts: Sequence["AttackResult"]) -> "AttackResult":
-        """Several shards as one record; what their descriptions say differently is all said."""
-
-        def joined(kind: type, values: list[Any]) -> Any:
-            return kind(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(kind)))
-
-        images = joined(Images, [part.images for part in parts])
-        record = joined(AttackRecord, [part.record for part in parts])
-        return cls(images, record, together([part.about for part in parts]))

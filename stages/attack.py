@@ -12,7 +12,7 @@ from defense.chain_gradient import has_corners
 from defense.pixels import from_bytes
 from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import AttackResult, Images, load_images
+from stages.artifacts import Images, load_images
 from stages.classifiers import load_classifier
 from stages.console import Track, said_warnings, say
 from stages.files import fingerprint
@@ -20,6 +20,7 @@ from stages.flags import flags_of
 from stages.hardware import Hardware
 from stages.models import Nets, sequential, threat
 from stages.params import PGD_ATTACKS, NamedAttack, Params
+from stages.records import AttackResult
 from stages.resume import Scratch
 
 Evaluate = Callable[[int, Images, Tensor, Tensor, Callable[[int], None]], AttackRecord]

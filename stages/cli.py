@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from stages import StageError, console, studies, tools
-from stages.files import Paths, classifier_name, write_text
+from stages.files import CODE, Paths, classifier_name, write_text
 from stages.options import (
     DEFAULT_PARAMS,
     Checkpoint,
     ClassifierFile,
+    CodeFolder,
     Dataset,
     Device,
     EnergyFile,
@@ -26,6 +27,7 @@ from stages.options import (
     TimeLimit,
     attack_files,
     checked,
+    mendable,
     place,
 )
 from stages.params import EVALUATED, PGD_ATTACKS, TABLE_ATTACKS
@@ -57,6 +59,15 @@ def check_params(params_file: ParamsFile = DEFAULT_PARAMS, out: Out = None) -> N
     """Validate the parameters; the workflow begins with it, so a wrong value costs no result."""
     with checked(params_file) as params:
         write_text(out or Paths(params.run, "").checked, "valid\n")
+
+
+@app.command()
+def code(out: CodeFolder = CODE) -> None:
+    """Write down the code that each stage runs, for DVC to see what an edit changes."""
+    with mendable():
+        from stages import code as stage
+
+        stage.run(out)
 
 
 @app.command()

@@ -12,13 +12,14 @@ from defense.diagnostics import energies, states_at
 from defense.inference import classify
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
-from stages.artifacts import AttackResult, Images, load_images, save_tensors
+from stages.artifacts import Images, load_images, save_tensors
 from stages.attack import bpda_eot
 from stages.console import Track, say
 from stages.energies import pixels_shown
 from stages.hardware import Hardware
 from stages.models import Nets, sequential, threat
 from stages.params import MODELS, Params
+from stages.records import AttackResult
 from stages.resume import Scratch
 
 Piece = Callable[[], dict[str, Tensor]]

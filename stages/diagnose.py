@@ -11,12 +11,13 @@ from defense.inference import classify
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from defense.verdict import safe_and_borderline
-from stages.artifacts import AttackResult, Images, load_images, save_tensors
+from stages.artifacts import Images, load_images, save_tensors
 from stages.console import say
 from stages.energies import pixels_shown
 from stages.hardware import Hardware
 from stages.models import Nets
 from stages.params import Params
+from stages.records import AttackResult
 from stages.resume import Scratch
 
 COPIES = 4  # whose states are kept for the picture of the idea

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from defense.chain_gradient import has_corners
 from stages import attack
-from stages.artifacts import AttackResult
 from stages.console import say
 from stages.energies import load_energy
 from stages.files import WholeFolder
 from stages.hardware import Hardware
 from stages.params import TRANSFER, Params
+from stages.records import AttackResult
 from stages.resume import Scratch
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from defense.verdict import mean_logit_draws
-from stages.artifacts import AttackResult
+from stages.records import AttackResult
 from stages.rows import accuracies, count
 from stages.style import BLUE, CURVES, GREEN, GREY, ORANGE, TITLES, panels, steps_axis
 

@@ -11,6 +11,15 @@ from pathlib import Path
 
 from stages import StageError
 
+ROOT = Path(__file__).parent.parent
+"""The folder that holds both packages: a checkout, or where packages are installed."""
+
+WORKFLOW = ROOT if (ROOT / "dvc.yaml").is_file() else ROOT / "stages/workflow"
+"""Where dvc.yaml, presets/ and what belongs to them are; a wheel carries them inside (setup.py)."""
+
+CODE = Path("artifacts/code")
+"""The folder of `stochsec code`, a file for each stage."""
+
 NETWORK_TIMES = Path("reports/bench/networks")
 """The folder of `stochsec bench-networks`, a file for each kind of device, kept in git."""
 
@@ -183,8 +192,7 @@ def minutes(time_limit: float | None) -> float:
 
 def source_files() -> list[Path]:
     """The modules of both packages."""
-    root = Path(__file__).parent.parent
-    return sorted(path for name in ("defense", "stages") for path in (root / name).glob("*.py"))
+    return sorted(path for name in ("defense", "stages") for path in (ROOT / name).glob("*.py"))
 
 
 def readable(path: Path) -> str:

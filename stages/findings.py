@@ -7,7 +7,7 @@ from scipy.special import bdtr
 
 from defense.active_test import BELIEVED
 from defense.attack import NOT_MEASURED
-from stages.artifacts import AttackResult
+from stages.records import AttackResult
 from stages.rows import Accuracy, count
 
 BPDA = "identity"  # the attack of that name in evaluate.attacks

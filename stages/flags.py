@@ -4,7 +4,7 @@ import torch
 
 from defense.attack import NEVER
 from defense.verdict import is_right
-from stages.artifacts import AttackResult
+from stages.records import AttackResult
 
 UNREPEATED = 0.05  # share of breaks that fresh noise may take back before it is said
 

@@ -46,6 +46,9 @@ Checkpoint = Annotated[
         "read if it is there, written once a minute, deleted when the work is done.",
     ),
 ]
+CodeFolder = Annotated[
+    Path, typer.Option("--out", file_okay=False, help="Folder for a small file of each stage.")
+]
 ImagesFile = Annotated[
     Path | None,
     typer.Option("--images", help="Images; default artifacts/RUN/data/DATASET.npz."),

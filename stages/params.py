@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from stages import StageError
+from stages.files import WORKFLOW
 from stages.sections import (
     EBM,
     FID,
@@ -27,8 +28,6 @@ from stages.sections import (
     Snapshots,
     Sweep,
 )
-
-PRESETS = Path(__file__).parent.parent / "presets"
 
 # PGD on a classifier by itself, and how that was trained.
 PGD_ATTACKS = {"pgd": "natural", "pgd_adversarial": "adversarial"}
@@ -126,7 +125,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _run_is_not_relabelled(self) -> Self:
         """The name of a preset belongs to that preset's datasets: results must not be mixed up."""
-        preset = PRESETS / f"{self.run}.yaml"
+        preset = presets_folder() / f"{self.run}.yaml"
         if preset.exists():
             theirs = yaml.safe_load(preset.read_text())["datasets"]
             if not set(theirs) & set(self.datasets):
@@ -230,6 +229,12 @@ class Params(Section):
         if name not in self.datasets:
             raise StageError(f"dataset: expected one of {list(self.datasets)}, got {name!r}")
         return self.data[name]
+
+
+def presets_folder() -> Path:
+    """The presets of this folder if it has some (`stochsec init` lays them out), else ours."""
+    own = Path("presets")
+    return own if (own / "digits.yaml").is_file() else WORKFLOW / "presets"
 
 
 def load_params(path: Path) -> Params:

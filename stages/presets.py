@@ -12,14 +12,14 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from yaml import YAMLError, safe_load
 
 from stages import StageError
-from stages.params import PRESETS, validate_params
+from stages.params import presets_folder, validate_params
 
 BASE = "digits"
 
 
 def names() -> list[str]:
     """The presets there are."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
 def text(name: str, changes: Iterable[str] = ()) -> str:
@@ -37,7 +37,7 @@ def text(name: str, changes: Iterable[str] = ()) -> str:
         _set(values, change)
     out = io.StringIO()
     yaml.dump(values, out)
-    validate_params(safe_load(out.getvalue()), PRESETS / f"{name}.yaml")
+    validate_params(safe_load(out.getvalue()), presets_folder() / f"{name}.yaml")
     return out.getvalue()
 
 
@@ -45,7 +45,7 @@ def _whole(yaml: YAML, name: str) -> CommentedMap:
     """A preset's own values over those of its base."""
     if name not in names():
         raise StageError(f"preset: expected one of {names()}, got {name!r}")
-    values: CommentedMap = yaml.load((PRESETS / f"{name}.yaml").read_text())
+    values: CommentedMap = yaml.load((presets_folder() / f"{name}.yaml").read_text())
     if name == BASE:
         return values
     base = _whole(yaml, values.pop("base", BASE))

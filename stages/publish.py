@@ -10,7 +10,7 @@ import yaml
 from defense.energy import ConvEnergy, count_parameters
 from defense.pretrained import load_classifier
 from stages import StageError, pictures, presets, rows, style
-from stages.artifacts import AttackResult, about_of, load_tensors
+from stages.artifacts import about_of, load_tensors
 from stages.console import say
 from stages.files import (
     Paths,
@@ -24,6 +24,7 @@ from stages.files import (
 from stages.findings import convergence
 from stages.params import INSPECTED, PGD_ATTACKS, SMOOTH, TRAININGS, Params, validate_params
 from stages.provenance import import_of, is_imported
+from stages.records import AttackResult
 from stages.report import found, judged, record
 
 INDEX = "index.json"  # what each file says of itself

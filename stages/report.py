@@ -11,7 +11,7 @@ from torch import Tensor
 from defense.pixels import from_bytes
 from defense.threat import ThreatModel
 from stages import StageError, figures, page, pictures, provenance, rows, style, tables
-from stages.artifacts import AttackResult, about_of, load_tensors
+from stages.artifacts import about_of, load_tensors
 from stages.captions import CAPTIONS
 from stages.console import say
 from stages.files import NETWORK_TIMES, Paths, WholeFolder, write_text
@@ -34,6 +34,7 @@ from stages.params import (
     TRANSFER,
     Params,
 )
+from stages.records import AttackResult
 
 
 def run(params: Params, out: Path, root: Path = Path()) -> None:

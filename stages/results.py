@@ -12,12 +12,13 @@ from typing import Any
 
 from defense.pretrained import load_classifier, load_energy
 from stages import StageError, report
-from stages.artifacts import AttackResult, Images, about_of, load_images, load_tensors
+from stages.artifacts import Images, about_of, load_images, load_tensors
 from stages.console import say
 from stages.files import Paths, Whole, WholeFolder, classifier_name, fingerprint, readable, reports
 from stages.hardware import Hardware
 from stages.params import PHASES, TRAININGS, Params, load_params
 from stages.provenance import IMPORTED, as_yaml, here
+from stages.records import AttackResult
 from stages.sections import NAME
 
 MANIFEST, PARAMS = "manifest.json", "params.yaml"

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from stages import StageError, Stopped, WindowTooShort
 from stages.artifacts import load_tensors, save_tensors, together
+from stages.code import code_behind
 from stages.console import say
-from stages.files import Whole, fingerprint, readable, require, source_files
+from stages.files import Whole, fingerprint, readable, require
 from stages.hardware import Hardware
 from stages.params import Params
 
@@ -29,9 +30,9 @@ MANIFEST = "work.json"  # in a checkpoint file: what the work belongs to
 class Scratch:
     """A folder for one stage's unfinished work, keyed by all that determines its result.
 
-    That is ``key`` of the parameters, the files read, the machine's settings and the source of both
-    packages; ``afresh`` forgets what an earlier run has left. The folder lies in .scratch, or
-    ``within`` that of work of which this is a part.
+    That is ``key`` of the parameters, the files read, the machine's settings and the code of the
+    stage: of the module that defines ``key``, see `stages.code`. ``afresh`` forgets what an earlier
+    run has left. The folder lies in .scratch, or ``within`` that of work of which this is a part.
 
     Inside the ``with`` block a first Ctrl-C or SIGTERM only sets ``stopping``, and so does the end
     of the time limit: a loop calls `lap` after each piece of its work, and `check` where its state
@@ -60,7 +61,7 @@ class Scratch:
             "files": {role: fingerprint(path) for role, path in inputs.items()},
         }
         self.made_by: dict[str, object] = {
-            "source": [fingerprint(path) for path in source_files()],
+            "source": code_behind(key),
             "machine": hardware.conditions(),
         }
         self.root: Scratch = within.root if within else self

@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 
 from defense.verdict import METRICS, is_right, scores
-from stages.artifacts import AttackResult
 from stages.files import Paths, write_text
 from stages.params import MODELS, NORMS, SMOOTH, TABLE_ATTACKS, Params
+from stages.records import AttackResult
 
 Z95 = 1.959963984540054
 

@@ -18,10 +18,10 @@ import yaml
 
 from stages import TIME_IS_UP, TOO_SHORT, StageError
 from stages.console import say
-from stages.files import minutes
+from stages.files import CODE, WORKFLOW, minutes
 from stages.params import Params
 
-GRAPH = Path(__file__).parent.parent / "dvc.yaml"
+GRAPH = WORKFLOW / "dvc.yaml"
 TOO_LITTLE = 0.05  # of a window: no step is begun in what is left of it
 
 
@@ -104,8 +104,6 @@ def call(command: list[str], environment: dict[str, str]) -> int:
 
 def steps(params: Params) -> list[Step]:
     """Every stage of dvc.yaml for every entry of its matrix."""
-    if not GRAPH.exists():
-        raise StageError(f"{GRAPH}: no such file; run-all needs a checkout of the repository")
     values = {
         "run": params.run,
         "datasets": list(params.datasets),
@@ -113,6 +111,8 @@ def steps(params: Params) -> list[Step]:
     }
     found = []
     for name, stage in yaml.safe_load(GRAPH.read_text())["stages"].items():
+        if "matrix" not in stage:  # `code`, by which DVC sees what an edit changes
+            continue
         axes = {key: entries(axis, values) for key, axis in stage["matrix"].items()}
         for chosen in itertools.product(*axes.values()):
             item = {f"item.{key}": value for key, value in zip(axes, chosen, strict=True)}
@@ -123,7 +123,7 @@ def steps(params: Params) -> list[Step]:
             step = Step(
                 stage=name,
                 words=filled(stage["cmd"], known).removeprefix("python -m stages ").split(),
-                reads=[path for path in reads if path.name != "params.checked"],
+                reads=[p for p in reads if p.name != "params.checked" and p.parent != CODE],
                 writes=[Path(filled(out, known)) for out in outs],
             )
             found.append(step)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from stages.artifacts import AttackResult
 from stages.console import console
 from stages.files import write_text
 from stages.params import Params
+from stages.records import AttackResult
 from stages.rows import Accuracy, accuracies, energy_of
 
 PUBLISHED = Path(__file__).parent / "published.csv"

@@ -163,6 +163,17 @@ def import_results(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(file_okay=False, help="A new or an empty folder.")],
+) -> None:
+    """Lay out an experiment in FOLDER: dvc.yaml, params.yaml, presets. A checkout has them."""
+    with mendable():
+        from stages import init as layout
+
+        layout.run(folder)
+
+
+@app.command()
 def preset(
     name: Annotated[
         str | None,

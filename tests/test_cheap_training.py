@@ -9,9 +9,10 @@ import torch
 import yaml
 
 from defense import load_energy
-from stages.artifacts import AttackResult, load_images, load_state, load_tensors, save_tensors
+from stages.artifacts import load_images, load_state, load_tensors, save_tensors
 from stages.files import Paths
 from stages.params import Dataset, load_params
+from stages.records import AttackResult
 from tests.tiny import command, tiny_params
 
 PATHS = Paths("cheap", "digits")

@@ -86,7 +86,7 @@ def test_no_comment_on_a_parameter_is_lost() -> None:
     page = PARAMETERS.replace("&lt;", "<").replace("\\", "").replace("`", "")
     page = " ".join(page.lower().split())
     for comment in re.findall(
-        r"(?:^|\s)# (.+)$", (presets.PRESETS / "digits.yaml").read_text(), re.M
+        r"(?:^|\s)# (.+)$", (presets.presets_folder() / "digits.yaml").read_text(), re.M
     ):
         assert comment.replace("`", "").lower() in page, comment
 

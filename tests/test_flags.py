@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from defense.attack import NEVER, NOT_MEASURED, AttackRecord
-from stages.artifacts import AttackResult, Images
+from stages.artifacts import Images
 from stages.findings import active_test, findings, verification
 from stages.flags import flags_of
+from stages.records import AttackResult
 from stages.rows import accuracies
 
 N = 20

@@ -82,7 +82,7 @@ def test_the_h100_preset_is_the_papers_but_for_what_it_says_is_reduced() -> None
 def test_a_preset_with_an_unknown_base_or_key_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(presets, "PRESETS", tmp_path)
+    monkeypatch.setattr(presets, "presets_folder", lambda: tmp_path)
     (tmp_path / "digits.yaml").write_text(DIGITS)
     (tmp_path / "mine.yaml").write_text("base: theirs\nrun: mine\n")
     with pytest.raises(StageError, match=r"preset: expected one of .*'mine'.*, got 'theirs'"):

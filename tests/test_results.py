@@ -14,10 +14,11 @@ from PIL import Image
 from defense import load_classifier, load_energy
 from defense.bank import CompactBank
 from stages import style
-from stages.artifacts import AttackResult, load_state, load_tensors, save_tensors
+from stages.artifacts import load_state, load_tensors, save_tensors
 from stages.files import NETWORK_TIMES, Paths, WholeFolder, fingerprint
 from stages.findings import convergence
 from stages.provenance import source
+from stages.records import AttackResult
 from tests.tiny import command
 
 PATHS = Paths("tiny", "digits")

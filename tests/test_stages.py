@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 
-from stages.artifacts import AttackResult, load_tensors
+from stages.artifacts import load_tensors
 from stages.classifiers import load_classifier
 from stages.files import Paths, fingerprint
 from stages.hardware import Hardware
 from stages.params import load_params
+from stages.records import AttackResult
 from tests.tiny import command, tiny_params
 
 PATHS = Paths("tiny", "digits")

@@ -15,10 +15,11 @@ import pytest
 import torch
 import yaml
 
-from stages.artifacts import AttackResult, load_tensors
+from stages.artifacts import load_tensors
 from stages.console import Track
 from stages.files import Paths, readable
 from stages.hardware import Hardware
+from stages.records import AttackResult
 from tests.tiny import command, tiny_params
 
 PATHS = Paths("tiny", "digits")
