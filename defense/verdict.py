@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from scipy.special import stdtrit
 from torch import Generator, Tensor, nn
 
 from defense.inference import logits_of
@@ -56,49 +55,87 @@ def scores(logits: Tensor, classes: Tensor, y: Tensor, draws: int) -> dict[str, 
     }
 
 
-def clear_verdict(replica_logits: Tensor, y: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Is the mean-logit verdict beyond doubt after R replicas? (wrong, right), both (B,) bool.
+def evidence(values: Tensor, total: int) -> Tensor:
+    """Against "all ``total`` values have a mean of at most 1/2", from the first n of them.
 
-    ``replica_logits`` (R,B,classes), R >= 2. Differences to the right logit are tested one by one
-    with Student's t at ``level`` (the total one, shared among the wrong classes): wrong if one is
-    clearly positive, right if all are clearly negative.
+    ``values`` (n,...) in [0, 1] are a random part of the whole, in random order -> wealth (...), by
+    betting (Waudby-Smith & Ramdas 2024, Section 5, sampling without replacement). Whatever the
+    values are, if that mean is at most 1/2 the wealth ever reaches 1 / error with a probability of
+    at most ``error`` (Ville's inequality): a bet wins on average no more than the values that are
+    left can have as their mean. How much is bet depends on what was seen before.
+    """
+    wealth = torch.ones_like(values[0])
+    total_seen, squares = torch.zeros_like(wealth), torch.zeros_like(wealth)
+    mean, variance = torch.full_like(wealth, 0.5), torch.full_like(wealth, GUESS)
+    for n, value in enumerate(values):
+        left = (0.5 * total - total_seen) / (total - n)  # the largest mean of those still to come
+        edge = mean - left
+        bet = (edge / (variance + edge**2)).clamp_min(0.0)
+        bet = torch.minimum(bet, BOLDNESS / left.clamp_min(1e-9))
+        wealth = torch.where(left < -1e-9, torch.inf, wealth * (1.0 + bet * (value - left)))
+        total_seen = total_seen + value
+        mean = (0.5 + total_seen) / (n + 2)
+        squares = squares + (value - mean) ** 2
+        variance = (GUESS + squares) / (n + 2)
+    return wealth
+
+
+GUESS = 0.02  # the variance of a value in [0, 1] before any is seen
+BOLDNESS = 0.9  # share of the wealth that a bet may lose
+
+
+def clear_verdict(
+    replica_logits: Tensor, y: Tensor, total: int, error: float, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Is the verdict of all ``total`` replicas clear after the first n? (wrong, right), (B,) bool.
+
+    ``replica_logits`` (n,B,classes). Differences to the right logit, clipped at +-``clip``, are
+    tested one by one: right if all of them clearly have a negative mean, wrong if one clearly has a
+    positive one. A difference seen beyond ``clip`` on the side that would change the verdict leaves
+    it open.
     """
     count, _, classes = replica_logits.shape
     label = y.view(1, -1, 1).expand(count, -1, 1)
     differences = replica_logits - replica_logits.gather(2, label)
-    mean, spread = differences.mean(0), differences.std(0) / count**0.5
-    edge = -float(stdtrit(count - 1, level / (classes - 1))) * spread  # Student's t
-    others = torch.ones_like(mean, dtype=torch.bool).scatter(1, y[:, None], False)
-    wrong = ((mean > edge) & others).any(1)
-    right = ((mean < -edge) | ~others).all(1)
-    return wrong, right
+    others = torch.ones_like(differences[0], dtype=torch.bool).scatter(1, y[:, None], False)
+    shares = (differences.clamp(-clip, clip) / (2.0 * clip) + 0.5).double()
+    clearly_below = evidence(1.0 - shares, total) >= 1.0 / error
+    clearly_above = evidence(shares, total) >= (classes - 1) / error
+    clearly_below &= (differences <= clip).all(0)
+    clearly_above &= (differences >= -clip).all(0)
+    return (clearly_above & others).any(1), (clearly_below | ~others).all(1)
 
 
 @dataclass(frozen=True)
 class Sequential:
     """Verdicts that stop before all H replicas are drawn where they are clear already.
 
-    Looks after ``first`` replicas and whenever their number has doubled, each at an equal share of
-    ``error``. For normal logit differences the probability of an early verdict that infinitely
-    many replicas would contradict is at most ``error``; an image that stays in doubt gets the
-    verdict of all H. The idea is Cohen et al.'s (2019) abstention, for mean logits.
+    Looks after ``first`` replicas, and whenever there are half as many again. What is promised: an
+    early verdict differs from the verdict of all H replicas with a probability of at most
+    ``error``, for any distribution of the differences between logits, as long as they lie within
+    +-``clip``. It rests on nothing but the random order of the replicas. Without a bound there is
+    no such promise: a rare, large jump among the replicas not drawn can turn any mean. An image
+    that stays in doubt, and one at which a larger difference was seen, gets the verdict of all H.
     """
 
     error: float
     first: int = 10
+    clip: float = 20.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.error < 1.0:
             raise ValueError(f"error: expected between 0 and 1, got {self.error}")
         if self.first < 2:
             raise ValueError(f"first: expected >= 2, got {self.first}")
+        if not self.clip > 0.0:
+            raise ValueError(f"clip: expected > 0, got {self.clip}")
 
     def looks(self, replicas: int) -> list[int]:
         """Numbers of replicas after which a verdict may fall early."""
         looks, count = [], self.first
         while count < replicas:
             looks.append(count)
-            count *= 2
+            count += (count + 1) // 2
         return looks
 
     def answer(self, draw: Callable[[Tensor, int], Tensor], y: Tensor, replicas: int) -> "Answer":
@@ -107,7 +144,7 @@ class Sequential:
         ``draw`` (images (b,) int64, count) -> fresh replicas' logits (count,b,classes) for these.
         """
         looks, doubtful = self.looks(replicas), torch.arange(len(y), device=y.device)
-        level, drawn = self.error / max(1, len(looks)), torch.zeros_like(y)
+        drawn = torch.zeros_like(y)
         seen = first = draw(doubtful, min(self.first, replicas))
         logits = seen.mean(0)
         for count in [*looks, replicas]:
@@ -117,7 +154,7 @@ class Sequential:
             drawn[doubtful] = count
             if count == replicas:
                 break
-            wrong, right = clear_verdict(seen, y[doubtful], level)
+            wrong, right = clear_verdict(seen, y[doubtful], replicas, self.error, self.clip)
             doubt = ~(wrong | right)
             doubtful, seen = doubtful[doubt], seen[:, doubt]
             if len(doubtful) == 0:

@@ -169,6 +169,7 @@ class SequentialTest(Section):
 
     error: Annotated[float, Field(gt=0, lt=1)]
     first: Annotated[int, Field(ge=2, strict=True)]
+    clip: Positive
 
 
 class NamedAttack(Section):

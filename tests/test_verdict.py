@@ -1,4 +1,4 @@
-"""Four metrics by hand; the sequential test against the error that it states."""
+"""Four metrics by hand; early verdicts against the error that they state."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from defense.verdict import (
     answer,
     classes_of,
     clear_verdict,
+    evidence,
     is_right,
     mean_logit_draws,
     replicated,
@@ -62,28 +63,74 @@ def noisy(margins: Tensor, count: int, seed: int = 0, classes: int = 4) -> Tenso
 
 def test_clear_verdicts_are_clear_both_ways() -> None:
     y = torch.zeros(3, dtype=torch.int64)
-    is_wrong, right = clear_verdict(noisy(torch.tensor([2.0, 0.0, -2.0]), 40), y, 1e-3)
+    seen = noisy(torch.tensor([6.0, 0.0, -6.0]), 60)
+    is_wrong, right = clear_verdict(seen, y, 150, 1e-3, 20.0)
     assert is_wrong.tolist() == [True, False, False]
     assert right.tolist() == [False, False, True]
 
 
+def jumps(count: int, images: int, jump: float, share: float) -> Tensor:
+    """Right by 1 on average, but for a share of the replicas that are wrong by ``jump``."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.zeros(count, images, 3)
+    rare = torch.rand(count, images, generator=generator) < share
+    logits[:, :, 1] = -1.0 + 0.5 * torch.randn(count, images, generator=generator) + jump * rare
+    logits[:, :, 2] = -9.0
+    return logits
+
+
+HEAVY = {
+    "normal, right by a little": lambda: noisy(torch.full((3000,), -0.3), 150),
+    "normal, wrong by a little": lambda: noisy(torch.full((3000,), 0.3), 150),
+    "normal, right": lambda: noisy(torch.full((3000,), -5.0), 150),
+    "one in ten jumps": lambda: jumps(150, 3000, 12.0, 0.1),
+    "one in thirty jumps": lambda: jumps(150, 3000, 18.0, 0.033),
+    "one in a hundred jumps": lambda: jumps(150, 3000, 19.0, 0.01),
+    "one in ten jumps beyond the clip": lambda: jumps(150, 3000, 30.0, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
 @pytest.mark.parametrize("error", [0.05, 0.005])
-def test_early_verdicts_err_no_more_often_than_stated(error: float) -> None:
-    # Slightly wrong and slightly right images: those that an early verdict is most tempted by.
-    margins = torch.cat([torch.full((1500,), 0.15), torch.full((1500,), -0.15)])
+def test_early_verdicts_differ_from_those_of_all_no_more_often_than_stated(
+    name: str, error: float
+) -> None:
+    """Whatever the distribution, as long as the differences lie within the clip; and in one case
+    where they do not, since a jump that was seen leaves the verdict open.
+    """
+    replicas = HEAVY[name]()
+    y = torch.zeros(replicas.shape[1], dtype=torch.int64)
+    found = Sequential(error).replayed(replicas, y)
+    differs = is_right(found.logits, y) != is_right(replicas.mean(0), y)
+    assert float(differs.double().mean()) <= error + 3 * (error / len(y)) ** 0.5
+
+
+def test_the_bound_is_needed() -> None:
+    """Jumps that are rare, and larger than the clip: most are not there when the verdict falls."""
+    replicas = jumps(150, 3000, 3000.0, 0.005) - torch.tensor([0.0, 8.0, 0.0])
     y = torch.zeros(3000, dtype=torch.int64)
-    sequential = Sequential(error)
-    found = sequential.replayed(noisy(margins, 400), y)
-    stopped = found.drawn < 400
-    mistaken = is_right(found.logits, y) != (margins < 0)
-    assert float((stopped & mistaken).double().mean()) <= error + 3 * (error / 3000) ** 0.5
-    assert not stopped.all()
+    found = Sequential(1e-3).replayed(replicas, y)
+    differs = is_right(found.logits, y) != is_right(replicas.mean(0), y)
+    assert float(differs.double().mean()) > 0.01
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_wealth_grows_only_against_what_is_false(share: float) -> None:
+    """Values 0 and 1: no bet beats a fair coin, nor an unfair one on its other side."""
+    generator = torch.Generator().manual_seed(1)
+    order = torch.rand(100, 4000, generator=generator).argsort(0)
+    values = (order < 100 * share).double()  # of 100 values, in random order
+    for seen in (20, 60, 100):
+        wealth = evidence(values[:seen], 100)
+        assert float(wealth.mean()) <= 1 + 3 * float(wealth.std()) / 4000**0.5
+    assert float((evidence(1 - values, 100) > 1000).double().mean()) == float(share < 0.5)
 
 
 def test_clear_images_take_few_replicas_and_doubtful_ones_all() -> None:
     y = torch.zeros(3, dtype=torch.int64)
-    found = Sequential(1e-3).replayed(noisy(torch.tensor([6.0, 0.0, -6.0]), 150), y)
-    assert found.drawn.tolist() == [10, 150, 10]
+    found = Sequential(1e-3).replayed(noisy(torch.tensor([12.0, 0.0, -12.0]), 150), y)
+    assert found.drawn[1] == 150
+    assert max(found.drawn[0], found.drawn[2]) <= 34
     assert is_right(found.logits, y)[[0, 2]].tolist() == [False, True]
     assert found.replicas.shape == (10, 3, 4)
 
@@ -96,8 +143,8 @@ def test_the_verdict_of_a_doubtful_image_is_that_of_all_replicas() -> None:
     torch.testing.assert_close(found.logits[doubtful], replicas.mean(0)[doubtful])
 
 
-def test_looks_double() -> None:
-    assert Sequential(0.1).looks(150) == [10, 20, 40, 80]
+def test_looks_are_half_as_many_again() -> None:
+    assert Sequential(0.1).looks(150) == [10, 15, 23, 35, 53, 80, 120]
     assert Sequential(0.1).looks(10) == []
     assert Sequential(0.1).looks(4) == []
 
@@ -142,6 +189,8 @@ def test_bad_tests_are_said() -> None:
         Sequential(0)
     with pytest.raises(ValueError, match="first: expected >= 2, got 1"):
         Sequential(0.1, first=1)
+    with pytest.raises(ValueError, match="clip: expected > 0, got 0"):
+        Sequential(0.1, clip=0.0)
 
 
 def test_draws_are_means_over_their_own_replicas() -> None:

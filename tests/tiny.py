@@ -58,7 +58,7 @@ TINY: dict[str, Any] = {
         "eps_255": 48,
         "step_255": 12,
         "shard": 5,
-        "sequential": {"error": 1e-3, "first": 10},
+        "sequential": {"error": 1e-3, "first": 10, "clip": 20.0},
         "pgd": {"images": 12, "steps": 3, "restarts": 1},
         "transfer": {"images": 10, "replicas": 3},
         "bpda_eot": {"images": 8, "steps": 2, "restarts": 2},
