@@ -59,8 +59,8 @@ SIZES = {
 
 HOW_TO_READ = """\
 An upper bound, as if no image broke and every verdict took all replicas, but for one assumption: \
-the target judges suspects at {:.0%} of an attack's steps. Denoising, one step more at the end of \
-every chain, is left out. A classifier pass is one image forward; \
+the target judges suspects at {:.0%} of an attack's steps. Left out are denoising, one step more \
+for every chain, and the levels that a training tells. A classifier pass is one image forward; \
 with a gradient it counts 3. PFLOP: 10^15 multiplications and additions, the way back through \
 chains among them."""
 HOW_LONG = """ Hours: operations at the rates that {} has of the nearest image size; of a \
@@ -226,9 +226,7 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
         if compared or phase in ("adam", "convergent"):
             batches = ebm.phase_1_batches if phase.endswith("adam") else ebm.phase_2_batches
             update = ebm.batch * Work(sample=ebm.steps, learn=2)  # from data and from chains
-            sets = 1 + bool(ebm.bank) + bool(data.held_out)  # whose levels the log tells
-            told = min(ebm.snapshots, batches) * sets * levels(params)
-            yield f"ebm_{phase}", batches * update + told
+            yield f"ebm_{phase}", batches * update
     bare = attacked(attack.pgd.steps, attack.pgd.restarts, Work(slope=1), Work(look=1))
     for name in PGD_ATTACKS:
         yield f"attack_{name}", attack.pgd.images * bare
@@ -248,18 +246,14 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
         yield "lyapunov", lyapunov(params)
         yield "fid", fid(params)
     inspected = len(STARTS) * params.inspect.chains * Work(chain=params.inspect.long_steps)
-    inspected += (2 + bool(ebm.bank)) * levels(params)
+    levels = params.inspect.chains * Work(chain=max(params.inspect.levels))
+    inspected += (2 + bool(ebm.bank)) * levels
     yield f"inspect {INSPECTED[0]}", inspected
     for phase in INSPECTED[1:] if compared else ():
         yield f"inspect_others {phase}", inspected
     screened = params.diagnose.images * judged(langevin.K, langevin.H_adv)
     shown = Work(look=2 * params.diagnose.images) + judged(langevin.K, langevin.H_adv)
     yield "diagnose", 2 * screened + 2 * judged(langevin.K, params.diagnose.replicas) + shown
-
-
-def levels(params: Params) -> Work:
-    """Chains from one set of noisy images, whose level is looked at."""
-    return params.inspect.chains * Work(chain=max(params.inspect.levels))
 
 
 def sizes(params: Params, dataset: str) -> tuple[int, int]:

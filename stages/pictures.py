@@ -159,8 +159,8 @@ def _training(gap: Axes, norm: Axes, history: pd.DataFrame) -> None:
         room = 0.3 * max(high - low, 1e-6)
         ax.set_ylim(low - room, high + room)
     gap.axhline(0, color="k", lw=0.8)
-    gap.set_title("energy gap: hovers around 0 when learning is stable")
-    norm.set_title("gradient norm along the training chains: should level off")
+    gap.set_title("energy gap: around 0 when stable")
+    norm.set_title("gradient norm of training chains")
 
 
 def two_models(compared: dict[str, Tensor]) -> Figure:

@@ -190,7 +190,8 @@ def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) 
         ),
         ("train-ebm digits nonsense", "phase: expected one of ['adam', 'convergent'"),
         ("attack digits pgd --images none.npz", "none.npz: no such file"),
-        ("attack digits pgd --classifier corrupt.bin", "corrupt.bin: not a readable safetensors"),
+        ("attack digits pgd --classifier corrupt.bin", "corrupt.bin: holds weights without their"),
+        ("attack digits pgd --energy corrupt.bin --classifier corrupt", "corrupt: not a readable"),
         ("attack digits pgd --images corrupt.bin", "corrupt.bin: not an image file"),
         (
             f"attack digits transfer_K --pgd {PATHS.record('bpda_eot')}",
@@ -203,7 +204,8 @@ def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) 
     ],
 )
 def test_what_is_missing_or_broken_is_one_line(folder: Path, words: str, message: str) -> None:
-    Path("corrupt.bin").write_bytes(b"\x00garbage" * 50)
+    for name in ("corrupt.bin", "corrupt"):
+        Path(name).write_bytes(b"\x00garbage" * 50)
     result = command(words)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

@@ -106,7 +106,7 @@ def test_training_in_windows_ends_at_the_same_weights(folder: Path, looks) -> No
     assert Path("parts.safetensors").read_bytes() == Path("whole.train-ebm").read_bytes()
 
 
-@pytest.mark.parametrize(("words", "count"), [(TRAIN, 250), (ATTACK, 40), (CLASSIFY, 20)])
+@pytest.mark.parametrize(("words", "count"), [(TRAIN, 250), (ATTACK, 40), (CLASSIFY, 15)])
 def test_work_travels_in_one_file(folder: Path, looks, words: str, count: int) -> None:
     name = words.split()[0]
     travels = f"{words} --out moved.{name} --checkpoint travels/work.zip"
@@ -270,7 +270,7 @@ def test_an_inspection_goes_on_from_start_to_start(folder: Path, looks) -> None:
     words = "inspect digits"
     assert command(f"{words} --out whole.inspect").exit_code == 0
     words = f"{words} --checkpoint work.zip --out moved.inspect"
-    assert windows(words, 1, looks, elsewhere=True) == 3
+    assert windows(words, 1, looks, elsewhere=True) == 5, "three starts, two kinds of images"
     whole, moved = (load_tensors(Path(f"{name}.inspect"))[0] for name in ("whole", "moved"))
     assert whole.keys() == moved.keys()
     assert all(whole[name].equal(moved[name]) for name in whole)
