@@ -59,8 +59,8 @@ def run(params: Params, out: Path) -> None:
         for training in TRAININGS
         if paths.classifier(training).exists()
     ]
-    if not energies:
-        raise StageError(f"artifacts/{params.run}/models: no energies to publish")
+    if not energies and not classifiers:
+        raise StageError(f"artifacts/{params.run}/models: no networks to publish")
     refuse_foreign(out, INDEX)
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)
