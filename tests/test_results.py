@@ -400,12 +400,12 @@ def test_a_folder_of_something_else_is_not_written_over(packed: Path, words: str
     assert [path.name for path in Path("mine").iterdir()] == ["README.md"]
 
 
-def test_a_run_without_energies_publishes_nothing(packed: Path) -> None:
+def test_a_run_without_networks_publishes_nothing(packed: Path) -> None:
     assert command(f"import {packed}").exit_code == 0
     shutil.rmtree("artifacts/tiny/models")
     result = command("publish --params reports/tiny/params.yaml")
     assert result.exit_code == 2
-    assert "no energies to publish" in result.output
+    assert "no networks to publish" in result.output
     assert not Path("pretrained").exists()
 
 
