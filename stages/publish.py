@@ -106,6 +106,8 @@ def written_before(out: Path) -> set[str]:
 def parameters(params: Params) -> str:
     """Where the numbers of the experiment are."""
     where = f"the parameters in reports/{params.run}/params.yaml"
+    if not Path(f"reports/{params.run}").exists():  # nothing was reported yet
+        where = f"the parameters of run {params.run} of that day"
     if params.run in presets.names():
         preset = yaml.safe_load(presets.text(params.run))
         if validate_params(preset, Path(params.run)).model_dump() == params.model_dump():
