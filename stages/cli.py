@@ -58,6 +58,10 @@ def main(
 def check_params(params_file: ParamsFile = DEFAULT_PARAMS, out: Out = None) -> None:
     """Validate the parameters; the workflow begins with it, so a wrong value costs no result."""
     with checked(params_file) as params:
+        if params.fid.features == "inception":
+            from stages.fid import inception
+
+            inception()  # hours before the stage that needs it
         write_text(out or Paths(params.run, "").checked, "valid\n")
 
 

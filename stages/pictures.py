@@ -243,7 +243,7 @@ def distance_from_data(found: dict[str, Tensor], about: dict[str, object], chose
     ax, steps = axes[0], found["K"].tolist()
     for model, colour, marker in (("convergent", BLUE, "o"), ("nonconvergent", ORANGE, "s")):
         ax.plot(steps, found[model], color=colour, marker=marker, ms=4, label=TITLES[model])
-    label = "as many test images"
+    label = f"as many test images: {float(found['test']):.3g}"
     ax.axhline(float(found["test"]), color=GREY, ls="--", lw=1, label=label)
     ax.axvline(chosen, color=GREY, ls=":", lw=1)
     kind = about["measured_with"]

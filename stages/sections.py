@@ -318,7 +318,7 @@ class FID(Section):
 
     K: Annotated[tuple[CountOrNone, ...], Field(min_length=1)]
     images: Annotated[int, Field(ge=2, strict=True)]
-    features: Literal["auto", "inception", "classifier"]
+    features: Literal["inception", "classifier"]
 
     @model_validator(mode="after")
     def _grid_ascends(self) -> Self:

@@ -224,16 +224,17 @@ def test_chains_of_no_steps_are_at_no_distance() -> None:
     assert tensors["test"] > 0
 
 
-def test_auto_takes_what_there_is_and_inception_insists(folder: Path, monkeypatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(folder / "empty"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    for asked, expected in (("auto", "classifier"), ("inception", None)):
-        params = load_params(Path(edited(folder, asked, fid={"features": asked})))
-        if expected:
-            assert fid.extractor(params, "digits", CPU, PATHS.classifier())[0] == expected
-        else:
-            with pytest.raises(StageError, match="inception needs the package torch-fidelity"):
-                fid.extractor(params, "digits", CPU, PATHS.classifier())
+def test_the_fid_needs_its_network_and_says_so_at_once(folder: Path, monkeypatch) -> None:
+    params = load_params(Path(edited(folder, "fid", fid={"features": "inception"})))
+    kind, features = fid.extractor(params, "digits", CPU, PATHS.classifier())
+    assert kind.startswith("inception ")
+    assert features(torch.zeros(1, 1, 8, 8)).shape == (1, 2048)
+    assert command("check-params --params fid.yaml --out checked").exit_code == 0
+    monkeypatch.setattr(fid, "inception_weights", lambda: None)
+    for words in ("check-params --out checked", "fid digits --out fid.safetensors"):
+        result = command(f"{words} --params fid.yaml")
+        assert result.exit_code == 2
+        assert "error: fid.features: inception needs the package fid-helper" in result.output
 
 
 def test_chains_that_diverge_are_one_line(folder: Path) -> None:

@@ -39,7 +39,6 @@ HOMES = {
     "PIL": {"stages/prepare_data.py"},
     "scipy": {"defense/verdict.py", "stages/findings.py"},
     "ruamel": {"stages/described.py", "stages/presets.py"},
-    "torch_fidelity": {"defense/frechet.py"},
     "jinja2": {"stages/page.py"},
     "dvc": set(),
 }
@@ -121,7 +120,7 @@ def test_the_library_knows_no_files_and_no_workflow() -> None:
             packages = {name.split(".")[0] for name in imported(path)}
             here = allowed | files if path == "defense/pretrained.py" else allowed
             if path == "defense/frechet.py":
-                here = allowed | {"pathlib", "importlib", "torch_fidelity"}
+                here = allowed | {"pathlib", "importlib"}
             assert packages <= here, f"{path}: {packages - here}"
 
 
