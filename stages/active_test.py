@@ -72,7 +72,7 @@ def hide_and_seek(
         seeking = purpose == "seek"
         return theirs.defense(
             langevin.K,
-            langevin.H_adv if seeking else langevin.H_def,
+            (named.H_adv or langevin.H_adv) if seeking else langevin.H_def,
             f"active/{place}/{purpose}",
             named.mode() if seeking else "identity",
         )

@@ -219,6 +219,7 @@ def configure(params: Params, named: NamedAttack, *, early: bool) -> AttackConfi
 def attack_defense(nets: Nets, attack: str, named: NamedAttack) -> Evaluate:
     """Losses and gradients from H_adv replicas, verdicts from H_def: Algorithm 1 and its kin."""
     params, langevin = nets.params, nets.params.langevin
+    replicas = named.H_adv or langevin.H_adv
     gradient, config = named.mode(), configure(params, named, early=params.early_verdicts(attack))
 
     def evaluate(
@@ -226,7 +227,7 @@ def attack_defense(nets: Nets, attack: str, named: NamedAttack) -> Evaluate:
     ) -> AttackRecord:
         purpose = f"{attack}/{shard}"
         return run_attack(
-            nets.defense(langevin.K, langevin.H_adv, f"{purpose}/surrogate", gradient),
+            nets.defense(langevin.K, replicas, f"{purpose}/surrogate", gradient),
             nets.defense(langevin.K, langevin.H_def, f"{purpose}/target"),
             x,
             y,

@@ -106,6 +106,8 @@ def joined(pieces: dict[str, list[dict[str, Tensor]]]) -> dict[str, Tensor]:
     tensors = {}
     for curve, parts in pieces.items():
         for name in parts[0]:
+            if name == "samples" and curve.endswith("transfer"):
+                continue  # in no picture
             axis = 0 if name in ("natural", "robust") else 1  # the axis of the images
             whole = torch.cat([part[name] for part in parts], dim=axis)
             tensors[f"{curve}/{name}"] = whole[:, :SAMPLES] if name == "samples" else whole

@@ -304,7 +304,8 @@ def attacked(steps: int, restarts: int, surrogate: Work, target: Work) -> Work:
 def defended(params: Params, phase: str, named: NamedAttack) -> Work:
     """One image under an attack on the defense."""
     langevin, smooth = params.langevin, has_smooth_chains(params, phase)
-    surrogate = asked(langevin.K, langevin.H_adv, named.gradient, smooth=smooth)
+    replicas = named.H_adv or langevin.H_adv
+    surrogate = asked(langevin.K, replicas, named.gradient, smooth=smooth)
     return attacked(named.steps, named.restarts, surrogate, judged(langevin.K, langevin.H_def))
 
 

@@ -132,7 +132,10 @@ def follow(
     start: str,
     x: Tensor,
 ) -> dict[str, Tensor]:
-    """Energies (G,n) of chains at the steps of `grid`, and some states (G,S,C,H,W)."""
+    """Energies (G,n) of chains at the steps of `grid`.
+
+    And some states (3,S,C,H,W): at the start, after the defense's K, at the end.
+    """
     tau, steps = params.dataset(dataset).tau, grid(params)
     states = states_at(
         network,
@@ -144,7 +147,8 @@ def follow(
         max_chains=hardware.max_chains,
     )
     levels = [energies(network, state, tau=tau, batch=hardware.max_chains) for state in states]
+    shown = [steps.index(after) for after in (0, params.langevin.K, params.inspect.long_steps)]
     return {
         f"{start}/energies": torch.stack(levels),
-        f"{start}/states": states[:, :SAMPLES],
+        f"{start}/states": states[shown, :SAMPLES],
     }

@@ -165,8 +165,9 @@ class Params(Section):
         return self.evaluate.images
 
     def early_verdicts(self, attack: str) -> bool:
-        """Tables 1-3 count all replicas, as the paper does; an evaluation need not."""
-        return attack not in TABLE_ATTACKS and self.evaluate.early_verdicts
+        """Whether verdicts of an attack are drawn no further than the sequential test asks for."""
+        section = self.attack if attack in TABLE_ATTACKS else self.evaluate
+        return section.early_verdicts
 
     def conditions(self, attack: str) -> dict[str, object]:
         """What an attack's accuracy depends on: stated in the record, checked by the report."""
@@ -183,7 +184,8 @@ class Params(Section):
         }
         if named:
             shown |= {"rule": named.rule, "gradient": named.gradient, "loss": named.loss}
-            shown |= {"K": langevin.K, "H_adv": langevin.H_adv, "H_def": langevin.H_def}
+            surrogate = named.H_adv or langevin.H_adv
+            shown |= {"K": langevin.K, "H_adv": surrogate, "H_def": langevin.H_def}
             shown |= {"stop_at_break": named.stop_at_break}
             if named.gradient == "smoothed":
                 shown["softness"] = self.evaluate.softness

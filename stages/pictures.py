@@ -74,10 +74,10 @@ def energy_page(
         ("test images", inspected["test images/states"][0]),
         ("persistent chains, as training left them", inspected["persistent chains/states"][0]),
     ]
-    for i in (grid.index(defense), -1):
+    for i, after in enumerate((defense, grid[-1]), start=1):
         for start in ("test images", "noise"):
-            said = " (the defense)" if grid[i] == defense else ""
-            title = f"from {start}, after {grid[i]:,} steps{said}"
+            said = " (the defense)" if after == defense else ""
+            title = f"from {start}, after {after:,} steps{said}"
             strips.append((title, inspected[f"{start}/states"][i]))
     figure = Figure(figsize=(9.0, 7.2))
     figure.text(0.01, 0.99, fill(verdict, 120), fontsize=9, weight="bold", va="top")

@@ -13,6 +13,7 @@ import yaml
 from stages.artifacts import about_of
 from stages.files import fingerprint, source_files, write_text
 from stages.params import Params
+from stages.records import KEPT
 
 IMPORTED = "imported.json"  # among the records of a run: where they came from, if not from here
 MACHINE = ("device", "torch", "engine", "classifier", "max_chains", "threads")
@@ -27,11 +28,12 @@ def write(params: Params, root: Path, out: Path) -> None:
     about: dict[str, object] = {}
     for path in sorted(records.rglob("*.safetensors")):
         said, name = about_of(path), str(path.relative_to(records))
+        hashed = said[KEPT]["sha256"] if KEPT in said else fingerprint(path)
         about[name] = {
-            "sha256": fingerprint(path),
+            "sha256": hashed,
             **{key: said[key] for key in MACHINE if key in said},
             "made of": said.get("files", {}),
-            "imported": is_imported(path, f"records/{name}", imported),
+            "imported": is_imported(hashed, f"records/{name}", imported),
         }
     provenance: dict[str, object] = {
         "hashes": "the first 32 hexadecimal digits of sha256",
@@ -50,9 +52,9 @@ def import_of(run: str, root: Path = Path()) -> dict[str, Any]:
     return manifest
 
 
-def is_imported(path: Path, name: str, manifest: dict[str, Any]) -> bool:
-    """Whether a file is still the one that was imported."""
-    return str(manifest.get("files", {}).get(name, "")).startswith(fingerprint(path))
+def is_imported(hashed: str, name: str, manifest: dict[str, Any]) -> bool:
+    """Whether a file of that fingerprint is still the one that was imported."""
+    return str(manifest.get("files", {}).get(name, "")).startswith(hashed)
 
 
 def as_yaml(params: Params) -> str:

@@ -119,7 +119,7 @@ def made_by(weights: Path, params: Params) -> str:
     """The commit whose code trained them."""
     imported = import_of(params.run)
     name = str(weights.relative_to(f"artifacts/{params.run}"))
-    if is_imported(weights, name, imported):
+    if is_imported(fingerprint(weights), name, imported):
         return f"{imported['commit'] or 'unknown'}, packed on {imported['device']}"
     return f"that of this folder, `git log -1 -- pretrained/{params.run}`"
 

@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from defense.attack import AttackRecord
+from defense.pixels import from_bytes
+from defense.threat import ThreatModel
 from stages import StageError
 from stages.artifacts import Images, load_tensors, save_tensors, together
 from stages.files import fingerprint, require
 
+KEPT = "kept"
+"""What a record without images says of the whole one: its fingerprint, and `farthest`."""
+
 
 @dataclass(frozen=True)
 class AttackResult:
-    """An attack record with its images: what the report judges."""
+    """An attack record with its images: what the report judges.
+
+    One that was kept for git (`stages.kept`) has no pixels, and says how far they were apart.
+    """
 
     images: Images
     record: AttackRecord
@@ -39,6 +47,21 @@ class AttackResult:
             raise StageError(f"{path}: not an attack record, it lacks {error}") from None
         return cls(images, record, about)
 
+    def farthest(self) -> float:
+        """The largest distance of an adversarial image from its own, in pixels of [0, 1].
+
+        `StageError` for pixels that are not finite or outside the box.
+        """
+        if KEPT in self.about:
+            return float(self.about[KEPT]["farthest"])
+        x, x_adv = from_bytes(self.images.images), self.record.adversarial
+        if not torch.isfinite(x_adv).all():
+            raise StageError("adversarial: values that are not finite")
+        if x_adv.min() < 0 or x_adv.max() > 1:
+            raise StageError("adversarial pixels outside [0, 1]")
+        threat = ThreatModel(self.about["norm"], float(self.about["eps_255"]))
+        return float(threat.distance(x_adv, x).max())
+
     def of_pgd(
         self, data: Images, path: Path, classifier: Path, ball: Mapping[str, object]
     ) -> Tensor:
@@ -47,6 +70,10 @@ class AttackResult:
         `StageError` if it is of other images, another attack, another classifier, or another
         ``ball`` (norm and eps_255): what it says would hold for something else.
         """
+        if KEPT in self.about:
+            raise StageError(
+                f"{path}: was kept without its images; `stochsec attack DATASET pgd` makes them"
+            )
         places = {place: i for i, place in enumerate(self.images.index.tolist())}
         rows = torch.tensor([places.get(place, -1) for place in data.index.tolist()])
         there = bool((rows >= 0).all()) and self.images.images[rows].equal(data.images)

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defense.pixels import from_bytes
-from defense.threat import ThreatModel
 from stages import StageError, figures, page, pictures, provenance, rows, style, tables
 from stages.artifacts import about_of, load_tensors
 from stages.captions import CAPTIONS
@@ -24,6 +22,7 @@ from stages.findings import (
     in_the_tables,
     verification,
 )
+from stages.kept import RECORDS, together
 from stages.params import (
     EVALUATED,
     INSPECTED,
@@ -37,13 +36,20 @@ from stages.params import (
 from stages.records import AttackResult
 
 
-def run(params: Params, out: Path, root: Path = Path()) -> None:
+def run(params: Params, out: Path, root: Path = Path(), *, keep: bool = False) -> None:
     """Judge the records under ``root``, print the tables, write all into a new folder ``out``.
 
-    A record that is not there is a row, a cell or a figure "not run".
+    A record that is not there is a row, a cell or a figure "not run". With ``keep``, or where it
+    was done before, the report keeps the records without their images, and reads those that
+    ``root`` does not have.
     """
+    kept = out / RECORDS
     with WholeFolder(out, "provenance.json") as partial:
-        write(params, partial, root)
+        if keep or kept.is_dir():
+            with together(params, root, kept, partial / RECORDS) as records:
+                write(params, partial, records)
+        else:
+            write(params, partial, root)
 
 
 def write(params: Params, out: Path, root: Path) -> None:
@@ -301,14 +307,14 @@ def judged(path: Path, params: Params, attack: str) -> AttackResult | None:
     found, expected = len(result.images.labels), params.images(attack)
     if found != expected or result.about.get("subset"):
         raise StageError(f"{path}: expected the first {expected} test images, got {found}")
-    x, x_adv = from_bytes(result.images.images), result.record.adversarial
-    threat = ThreatModel(params.attack.norm, float(result.about["eps_255"]))
-    for name in ("adversarial", "clean_logits", "adversarial_logits"):
+    for name in ("clean_logits", "adversarial_logits"):
         if not torch.isfinite(getattr(result.record, name)).all():
             raise StageError(f"{path}: {name}: values that are not finite")
-    if x_adv.min() < 0 or x_adv.max() > 1:
-        raise StageError(f"{path}: adversarial pixels outside [0, 1]")
-    farthest = float(threat.distance(x_adv, x).max())
-    if farthest > threat.eps + 1e-6:
-        raise StageError(f"{path}: expected distance <= {threat.eps:.6f}, got {farthest:.6f}")
+    try:
+        farthest = result.farthest()
+    except StageError as error:
+        raise StageError(f"{path}: {error}") from None
+    eps = float(result.about["eps_255"]) / 255
+    if farthest > eps + 1e-6:
+        raise StageError(f"{path}: expected distance <= {eps:.6f}, got {farthest:.6f}")
     return result

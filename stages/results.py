@@ -16,6 +16,7 @@ from stages.artifacts import Images, about_of, load_images, load_tensors
 from stages.console import say
 from stages.files import Paths, Whole, WholeFolder, classifier_name, fingerprint, readable, reports
 from stages.hardware import Hardware
+from stages.kept import RECORDS
 from stages.params import PHASES, TRAININGS, Params, load_params
 from stages.provenance import IMPORTED, as_yaml, here
 from stages.records import AttackResult
@@ -74,7 +75,8 @@ def unpack(path: Path, *, force: bool) -> None:
         theirs.joinpath("records", IMPORTED).write_text(json.dumps(manifest, indent=2) + "\n")
         try:
             check_records(params, theirs)
-            report.run(params, root / "report", root)
+            kept = (reports(params.run) / RECORDS).is_dir()
+            report.run(params, root / "report", root, keep=kept)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise StageError(f"{path}: a record is not what it should be ({error!r})") from None
         if taken:

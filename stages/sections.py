@@ -176,6 +176,7 @@ class NamedAttack(Section):
     """One attack on the defense; ``scale`` multiplies attack.eps_255 and attack.step_255.
 
     Without ``stop_at_break`` it goes on to the end, for the strongest images to judge afresh.
+    ``H_adv`` replicas give its losses and gradients; without it, langevin.H_adv.
     """
 
     rule: Literal["pgd", "apgd", "square", "noise"]
@@ -185,6 +186,7 @@ class NamedAttack(Section):
     restarts: Count
     scale: NotNegative
     stop_at_break: bool
+    H_adv: Count | None = None
 
     def mode(self) -> Literal["identity", "exact", "smoothed"]:
         """How the surrogate differentiates its chains, if it is asked to."""
@@ -234,6 +236,7 @@ class Attack(Section):
     step_255: NotNegative
     shard: Count
     sequential: SequentialTest
+    early_verdicts: bool
     pgd: PGD
     transfer: Transfer
     bpda_eot: PGD

@@ -278,13 +278,21 @@ def diagnose(
 def report(
     params_file: ParamsFile = DEFAULT_PARAMS,
     out: Annotated[Path | None, typer.Option(help="Folder; default reports/RUN.")] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="Keep the records, without their images, in the folder `records` of the report. "
+            "From then on the report can be made again where artifacts/ is gone.",
+        ),
+    ] = False,
 ) -> None:
     """Write Tables 1-3 and the figures from the records; print the tables."""
     with checked(params_file) as params:
         from stages import report as stage
 
         out = out or reports(params.run)
-        stage.run(params, out)
+        stage.run(params, out, keep=keep)
         say(f"report: {out}")
 
 

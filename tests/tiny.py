@@ -59,6 +59,7 @@ TINY: dict[str, Any] = {
         "step_255": 12,
         "shard": 5,
         "sequential": {"error": 1e-3, "first": 10, "clip": 20.0},
+        "early_verdicts": False,
         "pgd": {"images": 12, "steps": 3, "restarts": 1},
         "transfer": {"images": 10, "replicas": 3},
         "bpda_eot": {"images": 8, "steps": 2, "restarts": 2},
