@@ -127,7 +127,7 @@ class Params(Section):
         """The name of a preset belongs to that preset's datasets: results must not be mixed up."""
         preset = presets_folder() / f"{self.run}.yaml"
         if preset.exists():
-            theirs = yaml.safe_load(preset.read_text())["datasets"]
+            theirs = yaml.safe_load(preset.read_text()).get("datasets", self.datasets)
             if not set(theirs) & set(self.datasets):
                 raise ValueError(
                     f"run: {self.run!r} is the preset for {', '.join(theirs)}, got datasets "

@@ -115,8 +115,8 @@ def table1(params: Params, rows: pd.DataFrame, published: pd.DataFrame) -> tuple
     caption = (
         f"Table 1. Accuracy under PGD on the bare classifier f(x), the same images transferred to "
         f"the EBM defense. {_threat(params)}; N={params.attack.pgd.steps}, the strongest iterate; "
-        f"defended by the mean logits of {params.attack.transfer.replicas} replicas. Measured "
-        "cells: accuracy [95 % Wilson interval] n. "
+        f"defended by the mean logits of {params.attack.transfer.replicas} replicas"
+        f"{_early(params)}. Measured cells: accuracy [95 % Wilson interval] n. "
         f"{_published_note()}"
     )
     return pd.DataFrame(lines, columns=["Defense", "Dataset", "Source", *names]), caption
@@ -159,8 +159,9 @@ def _whitebox_table(
     size, langevin, pgd = params.attack.bpda_eot, params.langevin, params.attack.pgd
     ours = (
         f"Ours: Algorithm 1 with {_threat(params)}; K={langevin.K}, N={size.steps}, "
-        f"{size.restarts} start(s), H_adv={langevin.H_adv}, H_def={langevin.H_def}. {MADRY}, ours: "
-        "the same network, trained by this workflow on l_inf PGD images "
+        f"{size.restarts} start(s), H_adv={langevin.H_adv}, H_def={langevin.H_def}"
+        f"{_early(params)}. {MADRY}, ours: the same network, trained by this workflow on l_inf PGD "
+        "images "
         f"({_baseline(params, table)}); attacked by PGD with N={pgd.steps}, {pgd.restarts} "
         "start(s). Measured cells: accuracy [95 % Wilson interval] n."
     )
@@ -185,6 +186,10 @@ def _baseline(params: Params, table: int) -> str:
         )
     )
     return "; ".join(said) or NOT_RUN
+
+
+def _early(params: Params) -> str:
+    return " at most (early verdicts)" if params.attack.early_verdicts else ""
 
 
 def _threat(params: Params) -> str:

@@ -46,7 +46,7 @@ def test_a_wheel_lays_out_an_experiment_that_dvc_runs(installed: Path, tmp_path:
     assert laid.returncode == 0, laid.stderr
     folder = tmp_path / "lab"
     listed = run(folder, *stochsec, "preset", **here)
-    assert "presets: cifar10, digits, h100, paper" in listed.stderr
+    assert "presets: check, cifar10, digits, h100, paper" in listed.stderr
     (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params()))
     made = run(folder, "dvc", "repro", "train_classifier", **here)
     assert made.returncode == 0, made.stdout + made.stderr
