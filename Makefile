@@ -15,7 +15,7 @@ tables: $(VENV)/.installed
 	@# A copy without its history, such as a ZIP of the repository: DVC has to be told.
 	@git rev-parse -q --git-dir > /dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true
 	$(BIN)/dvc repro
-	@git diff --quiet -- dvc.lock reports pretrained 2> /dev/null || echo "\
+	@! git rev-parse -q --git-dir > /dev/null 2>&1 || git diff --quiet -- dvc.lock reports pretrained || echo "\
 	Results differ from the committed ones, as they may with another version of torch or of a CPU.\n\
 	Keep them with: git add dvc.lock reports pretrained && git commit -m 'Results of this machine'\n\
 	Without that, \"git checkout .\" forgets which results these are, and they are computed again."

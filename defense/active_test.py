@@ -22,7 +22,7 @@ from torch.nn.utils import skip_init
 from defense.eot import EOTDefense
 from defense.inference import freeze
 from defense.threat import ThreatModel
-from defense.verdict import Sequential, wrong
+from defense.verdict import SEQUENTIAL, Sequential, wrong
 
 BELIEVED = 0.95
 """Share of the planted points that a sufficient attack finds at least."""
@@ -42,7 +42,8 @@ class PlantConfig:
     0. The decision lies ``sureness`` standard errors of the target's mean logits before the planted
     point, but at least 1 - ``closeness`` of the way back to the inner points. ``replicas`` of the
     planted point are drawn for the fit, as many for the decision. At most ``random_share`` of
-    ``random_points`` of the whole ball may be class 1, or the test would be too easy.
+    ``random_points`` of the whole ball may be class 1, or the test would be too easy; verdicts on
+    these may be ``sequential``.
     """
 
     threat: ThreatModel
@@ -54,6 +55,7 @@ class PlantConfig:
     closeness: float = 0.99
     random_points: int = 100
     random_share: float = 0.05
+    sequential: Sequential = SEQUENTIAL
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -158,7 +160,7 @@ def plant(
     target = make_defense(readout, "verify")
     balls = threat.random_point(x.expand(config.random_points, -1, -1, -1), generator=generator)
     zeros = torch.zeros(len(balls), dtype=torch.int64, device=x.device)
-    hits = wrong(target, balls, zeros, Sequential(error=1e-3))
+    hits = wrong(target, balls, zeros, config.sequential)
     found = wrong(target, torch.cat([hidden, x]), zeros.new_zeros(2))
     random_hits = float(hits.double().mean())
     if found.tolist() != [True, False] or random_hits > config.random_share:

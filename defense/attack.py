@@ -20,12 +20,21 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from defense.inference import check_labels, evaluation_mode, labels_of, logits_of
+from defense.inference import evaluation_mode, labels_of, logits_of
 from defense.losses import LOSSES, Loss, cross_entropy, margin
 from defense.pixels import check_pixels
 from defense.step_rules import RuleName, make_rule
 from defense.threat import ThreatModel
-from defense.verdict import Answer, Replicated, Sequential, answer, classes_of, is_right, replicated
+from defense.verdict import (
+    SEQUENTIAL,
+    Answer,
+    Replicated,
+    Sequential,
+    answer,
+    classes_of,
+    is_right,
+    replicated,
+)
 
 NEVER = -1
 """``broken_at`` of an image that no iterate broke."""
@@ -33,8 +42,6 @@ NEVER = -1
 NOT_MEASURED = -1
 
 TRIED = 8  # images on which a target is asked whether its answers are random
-
-SEQUENTIAL = Sequential(error=1e-3)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class AttackConfig:
 class AttackRecord:
     """What an attack found on B images; every accuracy and the curve over steps follow from it."""
 
-    adversarial: Tensor  # (B,C,H,W) pixels: the breaking iterate, else that of the largest margin
+    adversarial: Tensor  # (B,C,H,W) pixels: where it stopped at a break, else the largest margin
     clean_logits: Tensor  # (B, classes) target on the clean image, mean over its replicas
     clean_classes: Tensor  # (B,R) int16: what each of R of these says by itself
     adversarial_logits: Tensor  # (B, classes) target on ``adversarial``, drawn afresh
@@ -262,12 +269,20 @@ def run_attack(
 
 def refuse_shared_noise(surrogate: nn.Module, target: nn.Module | Replicated) -> None:
     """`ValueError` for two defenses of one seed: the attacker would see what the judge draws."""
-    seeds = [getattr(model, "seed", None) for model in (surrogate, target)]
-    if surrogate is not target and seeds[0] is not None and seeds[0] == seeds[1]:
-        raise ValueError(
-            f"seed: expected noise of their own for surrogate and target, got {seeds[0]!r} twice; "
-            "give them different seeds, or none"
-        )
+    ours, theirs = seeds_of(surrogate), seeds_of(target)
+    for seed in ours.keys() & theirs.keys():
+        if ours[seed] is not theirs[seed]:
+            raise ValueError(
+                f"seed: expected noise of their own for surrogate and target, got {seed!r} twice; "
+                "give them different seeds, or none"
+            )
+
+
+def seeds_of(model: nn.Module | Replicated) -> dict[int | str, object]:
+    """What in a model draws its noise by a seed, in the model itself or in its modules."""
+    parts = list[object](model.modules()) if isinstance(model, nn.Module) else [model]
+    found = ((getattr(part, "seed", None), part) for part in parts)
+    return {seed: part for seed, part in found if isinstance(seed, int | str)}
 
 
 def _run(
@@ -282,7 +297,6 @@ def _run(
 ) -> AttackRecord:
     """`run_attack` on what it has checked."""
     clean = answer(target, x, y, config.early())
-    check_labels(y, clean.logits.shape[1])
     right = is_right(clean.logits, y)
     finds = search(surrogate, target, x, y, right, config, generator=generator, on_step=on_step)
     # A gradient that was zero says nothing of the chain.
@@ -327,15 +341,23 @@ def run_transfer(
     """Judge images made elsewhere: x and x_adv (B,C,H,W) in [0, 1], labels y (B,).
 
     ``config`` is that of the attack which made them; a broken image is recorded at its last step.
-    Modes, outputs and errors are those of `run_attack`.
+    Modes, outputs and errors are those of `run_attack`; `ValueError`, too, for images outside of
+    the ball of ``config``.
     """
     check_pixels(x)
     check_pixels(x_adv)
+    if x.shape != x_adv.shape:
+        raise ValueError(f"x_adv: expected {tuple(x.shape)} as x, got {tuple(x_adv.shape)}")
+    farthest = float(config.threat.distance(x_adv, x).max()) if len(x) else 0.0
+    if farthest > config.threat.eps + 1e-6:
+        raise ValueError(
+            f"x_adv: expected images within {config.threat.eps:.6f} of x ({config.threat.norm}, "
+            f"pixels in [0, 1]), got {farthest:.6f}: are they of the same images, in order?"
+        )
     y = labels_of(y, len(x))
     with evaluation_mode(*([target] if isinstance(target, nn.Module) else [])):
         judge = replicated(target, x[:TRIED], config.replicas)
         clean = answer(judge, x, y, config.early())
-        check_labels(y, clean.logits.shape[1])
         judged = _judged(judge, x_adv, y, clean, config)
     broken = is_right(clean.logits, y) & ~is_right(judged["adversarial_logits"], y)
     return AttackRecord(

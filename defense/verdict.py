@@ -10,12 +10,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
 
-from defense.inference import logits_of
+from defense.inference import check_labels, logits_of
 from defense.losses import margin
 
 METRICS = ("mean_logits", "average", "majority", "worst")
@@ -55,8 +55,8 @@ def scores(logits: Tensor, classes: Tensor, y: Tensor, draws: int) -> dict[str, 
     }
 
 
-def evidence(values: Tensor, total: int) -> Tensor:
-    """Against "all ``total`` values have a mean of at most 1/2", from the first n of them.
+def wealth_against_half(values: Tensor, total: int) -> Tensor:
+    """Evidence against "all ``total`` values have a mean of at most 1/2", from the first n of them.
 
     ``values`` (n,...) in [0, 1] are a random part of the whole, in random order -> wealth (...), by
     betting (Waudby-Smith & Ramdas 2024, Section 5, sampling without replacement). Whatever the
@@ -92,18 +92,20 @@ def clear_verdict(
     ``replica_logits`` (n,B,classes). Differences to the right logit, clipped at +-``clip``, are
     tested one by one: right if all of them clearly have a negative mean, wrong if one clearly has a
     positive one. A difference seen beyond ``clip`` on the side that would change the verdict leaves
-    it open.
+    it open, and so does a mean of the first n that does not say the same by itself.
     """
     count, _, classes = replica_logits.shape
     label = y.view(1, -1, 1).expand(count, -1, 1)
     differences = replica_logits - replica_logits.gather(2, label)
     others = torch.ones_like(differences[0], dtype=torch.bool).scatter(1, y[:, None], False)
     shares = (differences.clamp(-clip, clip) / (2.0 * clip) + 0.5).double()
-    clearly_below = evidence(1.0 - shares, total) >= 1.0 / error
-    clearly_above = evidence(shares, total) >= (classes - 1) / error
+    clearly_below = wealth_against_half(1.0 - shares, total) >= 1.0 / error
+    clearly_above = wealth_against_half(shares, total) >= (classes - 1) / error
     clearly_below &= (differences <= clip).all(0)
     clearly_above &= (differences >= -clip).all(0)
-    return (clearly_above & others).any(1), (clearly_below | ~others).all(1)
+    wrong, right = (clearly_above & others).any(1), (clearly_below | ~others).all(1)
+    so_far = is_right(replica_logits.mean(0), y)
+    return wrong & ~so_far, right & so_far
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,9 @@ class Sequential:
         return self.answer(draw, y, len(replica_logits))
 
 
+SEQUENTIAL = Sequential(error=1e-3)
+
+
 class Answer(NamedTuple):
     """What a model says of B images."""
 
@@ -181,7 +186,6 @@ class Answer(NamedTuple):
     drawn: Tensor  # (B,) int64
 
 
-@runtime_checkable
 class Replicated(Protocol):
     """A defense that draws its answer: what the judge asks of it, whoever wrote it.
 
@@ -208,7 +212,7 @@ class Repeated:
         self.replicas = 1
         if replicas > 1:
             first, *others = (self.ask(x) for _ in range(CALLS))
-            if any(random_answers(first, other) for other in others):
+            if any(differ(first, other) for other in others):
                 self.replicas = replicas
 
     def ask(self, x: Tensor) -> Tensor:
@@ -226,29 +230,41 @@ CALLS = 5  # by which a module that answers at random is told from one that does
 ROUNDING = 1e-3  # of logits, relative to the largest: by so much two runs of one network may differ
 
 
-def random_answers(first: Tensor, second: Tensor) -> bool:
+def differ(first: Tensor, second: Tensor) -> bool:
     """Whether two answers (B, classes) to the same images differ by more than rounding."""
-    scale = float(first.abs().max()) if first.numel() else 0.0
+    finite = first[torch.isfinite(first)]
+    scale = float(finite.abs().max()) if len(finite) else 0.0
     same = torch.isclose(first, second, rtol=0.0, atol=ROUNDING * max(scale, 1e-6), equal_nan=True)
     return not bool(same.all())
 
 
 def replicated(model: nn.Module | Replicated, x: Tensor, replicas: int) -> Replicated:
     """The model if it draws replicas by itself, else `Repeated`; x (b,C,H,W) to try it on."""
-    if isinstance(model, Replicated):
-        return model
-    return Repeated(model, x, replicas)
+    # Not isinstance: since Python 3.12 it overlooks what a module hands on, as a compiled one does.
+    if hasattr(model, "replica_logits") and hasattr(model, "replicas"):
+        return cast(Replicated, model)
+    return Repeated(cast(nn.Module, model), x, replicas)
 
 
 def answer(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Answer:
-    """Of all replicas of a defense, or of as many as its verdict on labels y takes."""
-    if sequential is None or model.replicas == 1:
-        replicas = model.replica_logits(x)
-        return Answer(replicas.mean(0), replicas, torch.full_like(y, len(replicas)))
+    """Of all replicas of a defense, or of as many as its verdict on labels y takes.
+
+    `ValueError` for logits of another shape than (replicas,B,classes), and for labels beyond them.
+    """
 
     def draw(images: Tensor, count: int) -> Tensor:
-        return model.replica_logits(x[images], replicas=count)
+        logits = model.replica_logits(x[images], replicas=count)
+        if logits.ndim != 3 or logits.shape[:2] != (count, len(images)):
+            raise ValueError(
+                f"replica_logits: expected ({count}, {len(images)}, classes) for {count} replicas "
+                f"of {len(images)} images, got {tuple(logits.shape)}"
+            )
+        check_labels(y, logits.shape[2])
+        return logits
 
+    if sequential is None or model.replicas == 1:
+        replicas = draw(torch.arange(len(x), device=x.device), model.replicas)
+        return Answer(replicas.mean(0), replicas, torch.full_like(y, len(replicas)))
     return sequential.answer(draw, y, model.replicas)
 
 

@@ -17,8 +17,9 @@ from stages import StageError
 from stages.artifacts import load_images, save_tensors
 from stages.attack import Files, configure
 from stages.console import Track, say
+from stages.files import energy_name
 from stages.hardware import Hardware
-from stages.models import Nets, threat
+from stages.models import Nets, sequential, threat
 from stages.params import NamedAttack, Params
 from stages.resume import Scratch
 
@@ -31,7 +32,8 @@ def run(params: Params, dataset: str, hardware: Hardware, files: Files, out: Pat
     data = load_images(files.images, "test", params.dataset(dataset), section.images)
     inputs = {"images": files.images, "classifier": files.classifier, "energy": files.energy}
     about: dict[str, object] = {"run": params.run, "dataset": dataset}
-    about |= {**section.model_dump(), **params.conditions(section.attack)}
+    about["energy"] = energy_name(files.energy)
+    about |= params.study("active_test", dataset)
 
     def key(p: Params) -> object:
         section, data = p.evaluate.active_test, p.data[dataset]
@@ -79,7 +81,10 @@ def hide_and_seek(
 
     generator = make_generator(params.seed, nets.dataset, "active", place, device=x.device)
     config = PlantConfig(
-        threat(params, named.scale), inner_points=section.points, replicas=section.points
+        threat(params, named.scale),
+        inner_points=section.points,
+        replicas=section.points,
+        sequential=sequential(params),
     )
     try:
         planted = plant(nets.classifier, defend, x, config, generator=generator)

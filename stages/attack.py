@@ -15,7 +15,7 @@ from stages import StageError
 from stages.artifacts import Images, load_images
 from stages.classifiers import load_classifier
 from stages.console import Track, said_warnings, say
-from stages.files import fingerprint
+from stages.files import energy_name, fingerprint
 from stages.flags import flags_of
 from stages.hardware import Hardware
 from stages.models import Nets, sequential, threat
@@ -156,10 +156,12 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
         )
     nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
     inputs["energy"] = files.energy
+    conditions = params.conditions(attack)
+    steps, replicas = int(str(conditions["K"])), int(str(conditions["H_def"]))
     defense = {
-        "energy": files.energy.stem.removeprefix("ebm_"),
+        "energy": energy_name(files.energy),
         "activation": nets.energy.architecture["activation"],
-        "cost": round(nets.cost(), 1),
+        "cost": round(nets.cost(steps, replicas), 1),
     }
     named = params.named(attack)
     if named is not None:
@@ -167,8 +169,8 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
             raise StageError(
                 f"{attack}: {files.energy} has no corners to smooth; use gradient exact"
             )
-        steps = named.restarts * (named.steps + 1)
-        return Plan(steps, inputs, attack_defense(nets, attack, named), defense)
+        asked = named.restarts * (named.steps + 1)
+        return Plan(asked, inputs, attack_defense(nets, attack, named), defense)
     pgd = AttackResult.load(files.pgd)
     inputs["pgd"] = files.pgd
     judge = judge_transferred(nets, attack, pgd, files)
@@ -281,7 +283,8 @@ def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, files: Files) 
     def evaluate(
         shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
     ) -> AttackRecord:
-        x_adv = pgd.of_pgd(images, files.pgd, files.classifier, params.ball()).to(x.device)
+        made = params.conditions("pgd")
+        x_adv = pgd.of_pgd(images, files.pgd, files.classifier, made).to(x.device)
         target = nets.defense(steps, replicas, f"{attack}/{shard}")
         return run_transfer(target, x, x_adv, y, config)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from defense.classifier import WideResNet
 from defense.inference import freeze, logits_of
 from defense.rng import make_generator
-from defense.verdict import random_answers
+from defense.verdict import differ
 from stages import StageError
 from stages.artifacts import load_network
 from stages.files import require
@@ -73,13 +73,13 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
         )
     if not torch.isfinite(logits).all():
         raise StageError(f"{path}: its logits are no numbers: its training has diverged")
-    if random_answers(logits, again):
+    if differ(logits, again):
         raise StageError(
             f"{path}: its answer to an image changes from call to call, as with dropout in a "
             "network that was exported in training mode; call .eval() before the export. A "
             "classifier that is meant to draw its answer is judged from Python: defense.Replicated"
         )
-    if random_answers(logits[:1], alone):
+    if differ(logits[:1], alone):
         raise StageError(
             f"{path}: its answer to an image depends on the other images in the batch, as with "
             "batch normalization in a network that was exported in training mode; call .eval() "

@@ -3,8 +3,9 @@
 A stage has to run again when code changes that its result depends on, and only then. So a stage of
 dvc.yaml depends on one file, artifacts/code/STAGE.txt. It lists the modules that the stage imports,
 directly or through others, each with a hash of its tokens: comments, docstrings and blank lines do
-not count. The stage `code` writes these files anew after any edit, in a second, and whatever finds
-its own file unchanged does not run.
+not count. A file of data that a module reads from the package is hashed as it is. The stage `code`
+writes these files anew after any edit, in a second, and whatever finds its own file unchanged does
+not run.
 """
 
 import ast
@@ -18,6 +19,7 @@ from pathlib import Path
 from stages.files import ROOT, Whole
 
 SEEN_ONLY = frozenset({"stages/console.py"})  # what a person sees while a stage works
+DATA = {"stages/page.py": "stages/page.html", "stages/tables.py": "stages/published.csv"}
 LAYOUT = {
     tokenize.NEWLINE: "\n",
     tokenize.INDENT: "\t",
@@ -37,7 +39,9 @@ def run(out: Path) -> None:
 
 def code_of(module: str) -> str:
     """The modules that one imports, itself included, a line each with its hash."""
-    return "".join(f"{fingerprint(name)}  {name}\n" for name in sorted(closure(module)))
+    modules = closure(module)
+    files = modules | {DATA[name] for name in modules & DATA.keys()}
+    return "".join(f"{fingerprint(name)}  {name}\n" for name in sorted(files))
 
 
 def code_behind(function: Callable[..., object]) -> str:
@@ -65,14 +69,17 @@ def imports(module: str) -> frozenset[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    files = {f"{name.replace('.', '/')}.py" for name in names}
+    ours = {name for name in names if name.partition(".")[0] in ("defense", "stages")}
+    files = {f"{name.replace('.', '/')}.py" for name in ours}
     return frozenset(file for file in files if (ROOT / file).exists())
 
 
 @cache
-def fingerprint(module: str) -> str:
-    """The first half of the sha256 of a module's tokens."""
-    text = "\0".join(significant((ROOT / module).read_text()))
+def fingerprint(file: str) -> str:
+    """The first half of the sha256 of a module's tokens, or of a file of data."""
+    text = (ROOT / file).read_text()
+    if file.endswith(".py"):
+        text = "\0".join(significant(text))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -41,9 +41,8 @@ def run(
     """Accuracy on natural, transferred and attacked images, energies and samples, at every K."""
     compare = params.compare
     data = load_images(images, "test", params.dataset(dataset), compare.images)
-    adversarial = AttackResult.load(pgd).of_pgd(data, pgd, classifier, params.ball())
-    about = {"run": params.run, "dataset": dataset, **compare.model_dump()}
-    about |= {"denoise": params.langevin.denoise}
+    adversarial = AttackResult.load(pgd).of_pgd(data, pgd, classifier, params.conditions("pgd"))
+    about = {"run": params.run, "dataset": dataset, **params.study("compare", dataset)}
     inputs = {"images": images, "classifier": classifier, "pgd": pgd, **models}
 
     def key(p: Params) -> object:

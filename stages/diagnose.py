@@ -14,6 +14,7 @@ from defense.verdict import safe_and_borderline
 from stages.artifacts import Images, load_images, save_tensors
 from stages.console import say
 from stages.energies import pixels_shown
+from stages.files import energy_name
 from stages.hardware import Hardware
 from stages.models import Nets
 from stages.params import Params
@@ -42,13 +43,15 @@ def run(
         data = p.data[dataset]
         return p.seed, dataset, data, p.langevin, p.diagnose
 
-    adversarial = AttackResult.load(pgd).of_pgd(data, pgd, classifier, params.ball())
+    adversarial = AttackResult.load(pgd).of_pgd(data, pgd, classifier, params.conditions("pgd"))
     inputs = {"images": images, "classifier": classifier, "energy": energy, "pgd": pgd}
     with Scratch(f"diagnose-{dataset}", params, key, inputs, hardware) as scratch:
         tensors = scratch.piece("logits", partial(logits, nets, data))
         way = scratch.piece("idea", partial(idea, nets, data, adversarial))
         tensors |= {f"idea/{name}": value for name, value in way.items()}
-        about = {"run": params.run, "dataset": dataset, "K": params.langevin.K}
+        about: dict[str, object] = {"run": params.run, "dataset": dataset}
+        about["energy"] = energy_name(energy)
+        about |= params.study("diagnose", dataset)
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     say(f"diagnose {dataset}: safe image {tensors['chosen'][0]}, borderline {tensors['chosen'][1]}")

@@ -10,7 +10,8 @@ from defense.inference import freeze
 from defense.langevin import denoised
 from defense.pixels import to_pixels
 from stages import StageError
-from stages.artifacts import load_network
+from stages.artifacts import about_of, load_network
+from stages.console import say
 from stages.engine import choose_chain
 from stages.hardware import Hardware
 from stages.params import SMOOTH, Params
@@ -30,13 +31,24 @@ def new_energy(params: Params, dataset: str, phase: str) -> ConvEnergy:
 
 
 def load_energy(params: Params, dataset: str, hardware: Hardware, path: Path) -> ConvEnergy:
-    """A trained energy, frozen, on the device; its file says which network it is."""
+    """A trained energy, frozen, on the device; its file says which network it is.
+
+    `StageError` for one of other images, or trained with another tau: with another step the chain
+    has another density. Another dataset is only said.
+    """
     phase, data = path.stem.removeprefix("ebm_"), params.dataset(dataset)
     otherwise = new_energy(params, dataset, phase).architecture
     energy = load_network(path, ConvEnergy, otherwise, f"`stochsec train-ebm {dataset} {phase}`")
     expected = (data.channels, data.image_size, data.image_size)
     if energy.shape != expected:
         raise StageError(f"{path}: expected an energy of images {expected}, got {energy.shape}")
+    about = about_of(path)
+    if about.get("tau", data.tau) != data.tau:
+        raise StageError(
+            f"{path}: was trained with tau {about['tau']:g}, and data.{dataset}.tau is {data.tau:g}"
+        )
+    if about.get("dataset", dataset) != dataset:
+        say(f"{path}: was trained on images of {about['dataset']}, not of {dataset}")
     return freeze(energy.to(hardware.device))
 
 

@@ -55,8 +55,7 @@ def run(
     }
 
     def key(p: Params) -> object:
-        chain = p.data[dataset].tau, p.langevin.precision, p.langevin.denoise
-        return p.seed, dataset, kind, chain, p.fid
+        return p.seed, dataset, kind, p.data[dataset].tau, p.study("fid", dataset)
 
     inputs = {"images": images, "classifier": classifier, **models}
     with (
@@ -68,8 +67,8 @@ def run(
             work = partial(along, params, dataset, hardware, network, model, train, features, there)
             tensors[model] = scratch.piece(model, work)["distances"]
             track.advance(watch=f"{model} {float(tensors[model][-1]):.1f}")
-        about = {"run": params.run, "dataset": dataset, **section.model_dump()}
-        about |= {"measured_with": kind, "denoise": params.langevin.denoise}
+        about = {"run": params.run, "dataset": dataset, **params.study("fid", dataset)}
+        about |= {"measured_with": kind}
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     for model in MODELS:

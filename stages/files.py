@@ -82,6 +82,15 @@ def classifier_name(training: str) -> str:
     return "classifier" if training == "natural" else f"classifier_{training}"
 
 
+KEPT_RECORDS = "records"
+"""The folder of a report that keeps the records it was made of."""
+
+
+def energy_name(weights: Path) -> str:
+    """What a record calls an energy: the phase that it is named after."""
+    return weights.stem.removeprefix("ebm_")
+
+
 def reports(run: str) -> Path:
     """The folder of a run's tables and figures, kept in git."""
     return Path(f"reports/{run}")
@@ -114,8 +123,9 @@ class Whole:
             self.partial.chmod(0o666 & ~umask())  # some libraries write files for their owner only
             self.partial.replace(self.path)
         else:
+            left = shutil.disk_usage(self.path.parent).free
             self.partial.unlink(missing_ok=True)
-            if shutil.disk_usage(self.path.parent).free < FULL:  # libraries say it in many ways
+            if left < FULL:  # libraries say it in many ways
                 raise StageError(
                     f"{self.path}: no space left on its disk; what was finished before is kept"
                 ) from None

@@ -87,7 +87,8 @@ def run(
             track.advance(watch=name)
         tensors["grid"] = torch.tensor(grid(params))
         tensors["levels_grid"] = torch.tensor(params.inspect.levels)
-        about = {"run": params.run, "dataset": dataset, "phase": phase, "K": params.langevin.K}
+        about: dict[str, object] = {"run": params.run, "dataset": dataset, "phase": phase}
+        about |= params.study("inspect", dataset)
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     say(f"inspect {dataset} {phase}: {convergence(tensors)}")

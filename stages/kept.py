@@ -20,9 +20,6 @@ from stages.params import Params
 from stages.provenance import IMPORTED
 from stages.records import KEPT, AttackResult
 
-RECORDS = "records"
-"""The folder of a report that keeps them."""
-
 
 @contextmanager
 def together(params: Params, root: Path, before: Path, after: Path) -> Iterator[Path]:
@@ -33,14 +30,19 @@ def together(params: Params, root: Path, before: Path, after: Path) -> Iterator[
     """
     if before.is_dir():
         shutil.copytree(before, after)
-    own = root / f"artifacts/{params.run}/records"
-    for path in sorted(own.rglob("*")):
-        place = after / path.relative_to(own)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            keep(params, place.relative_to(after).parts[0], path, place)
-        elif path.suffix == ".csv" or path.name == IMPORTED:
-            shutil.copyfile(path, place)
+    after.mkdir(parents=True, exist_ok=True)
+    own, mine = root / f"artifacts/{params.run}/records", dict[str, str]()
+    if (own / IMPORTED).exists():
+        shutil.copyfile(own / IMPORTED, after / IMPORTED)
+    for dataset in params.datasets:
+        for path in sorted((own / dataset).rglob("*")):
+            place = after / path.relative_to(own)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".safetensors":
+                keep(params, dataset, path, place)
+                mine[str(path.relative_to(own))] = str(path)
+            elif path.suffix == ".csv":
+                shutil.copyfile(path, place)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / f"artifacts/{params.run}/records"
         shutil.copytree(after, whole)
@@ -48,8 +50,11 @@ def together(params: Params, root: Path, before: Path, after: Path) -> Iterator[
             restore(path)
         try:
             yield Path(folder)
-        except StageError as error:
-            raise StageError(str(error).replace(str(whole), str(before))) from None
+        except StageError as error:  # about a copy: name the file that it is a copy of
+            said = str(error)
+            for name, source in mine.items():
+                said = said.replace(str(whole / name), source)
+            raise StageError(said.replace(str(whole), str(before))) from None
 
 
 def keep(params: Params, dataset: str, path: Path, out: Path) -> None:

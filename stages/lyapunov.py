@@ -38,7 +38,7 @@ def run(
     x = to_net(from_bytes(test.images)).to(hardware.device)
 
     def key(p: Params) -> object:
-        return p.seed, dataset, p.data[dataset].tau, p.lyapunov
+        return p.seed, dataset, p.data[dataset].tau, p.study("lyapunov", dataset)
 
     tensors = {"eta": torch.tensor(section.eta, dtype=torch.float64)}
     settings = [(name, distance) for name in EVALUATED for distance in section.separations]
@@ -61,7 +61,7 @@ def run(
             said = zip(section.eta, curve.mean(1).tolist(), strict=True)
             line = "  ".join(f"{eta:g}: {mean:+.4f}" for eta, mean in said)
             say(f"lyapunov {dataset} {name}, {distance:g} apart, a step over eta: {line}")
-        about = {"run": params.run, "dataset": dataset, **section.model_dump()}
+        about = {"run": params.run, "dataset": dataset, **params.study("lyapunov", dataset)}
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
 

@@ -67,13 +67,13 @@ class Nets:
         precision = self.params.langevin.precision
         return self.counted(choose_chain(self.energy, steps, precision, self.hardware))
 
-    def cost(self) -> float:
+    def cost(self, steps: int, replicas: int) -> float:
         """What one defended prediction costs, in bare predictions: multiplications for images."""
-        data, langevin = self.params.dataset(self.dataset), self.params.langevin
+        data = self.params.dataset(self.dataset)
         x = torch.rand(1, data.channels, data.image_size, data.image_size)
         x = x.to(self.hardware.device)
         once = flops(self.classifier, x, back=False)
-        return langevin.H_def * (1 + langevin.K * flops(self.energy, x) / once)
+        return replicas * (1 + steps * flops(self.energy, x) / once)
 
     def defense(
         self, steps: int, replicas: int, purpose: str, gradient: GradientMode = "identity"

@@ -103,6 +103,17 @@ class Params(Section):
         ):
             if size > most:
                 raise ValueError(f"{name}: expected <= {whole} = {most}, got {size}")
+        for dataset in self.datasets:
+            section = self.data[dataset]
+            asked = [("attack.pgd.images", self.attack.pgd.images)]
+            asked += [("attack.bpda_eot.images", self.attack.bpda_eot.images)]
+            asked += [("fid.images", self.fid.images)] if dataset == self.compare_dataset else []
+            for name, size in asked if section.judged_on == "held_out" else []:
+                if size > section.held_out:
+                    raise ValueError(
+                        f"{name}: expected <= data.{dataset}.held_out = {section.held_out}, as "
+                        f"judged_on is held_out, got {size}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -199,23 +210,37 @@ class Params(Section):
             shown["early_verdicts"] = self.early_verdicts(attack)
         return shown
 
-    def ball(self) -> dict[str, object]:
-        """The threat model: norm and radius."""
-        return {"norm": self.attack.norm, "eps_255": self.attack.eps_255}
-
-    def sweep_conditions(self) -> dict[str, object]:
-        """What the sweep depends on: stated in its record, checked by the report."""
-        attack = self.attack
-        return {
-            **self.sweep.model_dump(),
-            "K": self.langevin.K,
-            "precision": self.langevin.precision,
-            "denoise": self.langevin.denoise,
-            "step_share": self.step_share,
-            "norm": attack.norm,
-            "eps_255": attack.eps_255,
-            "early_verdicts": self.evaluate.early_verdicts,
+    def study(self, name: str, dataset: str) -> dict[str, object]:
+        """What a study's numbers depend on: stated in its record, checked by the report."""
+        langevin, attack, tested = self.langevin, self.attack, self.evaluate.active_test
+        images = {"judged_on": self.data[dataset].judged_on}
+        chain = {"precision": langevin.precision}
+        defense = {**chain, "denoise": langevin.denoise}
+        judge = {f"sequential_{k}": v for k, v in attack.sequential.model_dump().items()}
+        judge |= {"early_verdicts": self.evaluate.early_verdicts}
+        attacked = {**images, **defense, **judge, "norm": attack.norm, "eps_255": attack.eps_255}
+        studies: dict[str, dict[str, object]] = {
+            "compare": {**self.compare.model_dump(), **attacked, "step_255": attack.step_255},
+            "sweep": {
+                **self.sweep.model_dump(),
+                **attacked,
+                "K": langevin.K,
+                "step_share": self.step_share,
+            },
+            "snapshots": {**self.snapshots.model_dump(), **chain},
+            "lyapunov": {**self.lyapunov.model_dump(), **images},
+            "fid": {**self.fid.model_dump(), **images, **defense},
+            "inspect": {**self.inspect.model_dump(), **images, **chain, "K": langevin.K},
+            "diagnose": {
+                **self.diagnose.model_dump(),
+                **images,
+                **defense,
+                "K": langevin.K,
+                "H_adv": langevin.H_adv,
+            },
+            "active_test": {**tested.model_dump(), **images, **self.conditions(tested.attack)},
         }
+        return studies[name]
 
     @property
     def step_share(self) -> float:

@@ -25,7 +25,7 @@ from stages.findings import convergence
 from stages.params import INSPECTED, PGD_ATTACKS, SMOOTH, TRAININGS, Params, validate_params
 from stages.provenance import import_of, is_imported
 from stages.records import AttackResult
-from stages.report import found, judged, record
+from stages.report import found, judged, study
 
 INDEX = "index.json"  # what each file says of itself
 
@@ -183,7 +183,7 @@ def energy_card(params: Params, paths: Paths, phase: str, out: Path, shown: Path
         "data": f"{training_images(params, paths.dataset)}, with noise {section.data_noise:g}",
         "recipe": recipe(params, paths.dataset, phase),
     }
-    inspected = record(paths.record(f"inspect_{phase}"), {"K": params.langevin.K})
+    inspected = study(params, paths, "inspect", phase)
     picture = ""
     if inspected is not None:
         facts["long chains"] = verdict = convergence(inspected)

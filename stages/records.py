@@ -13,7 +13,47 @@ from defense.pixels import from_bytes
 from defense.threat import ThreatModel
 from stages import StageError
 from stages.artifacts import Images, load_tensors, save_tensors, together
-from stages.files import fingerprint, require
+from stages.files import classifier_name, fingerprint, require
+from stages.params import PHASES, TRAININGS
+
+
+def made_of(about: Mapping[str, Any]) -> dict[str, str]:
+    """What a record says it was made of: the fingerprint of images, PGD record and networks.
+
+    By their names in the workflow, such as ebm_convergent.
+    """
+    stated: dict[str, str] = dict(about.get("files", {}))
+    found: dict[str, str] = {r: stated[r] for r in ("images", "pgd") if r in stated}
+    found |= {f"ebm_{role}": hashed for role, hashed in stated.items() if role in PHASES}
+    found |= {classifier_name(role): hashed for role, hashed in stated.items() if role in TRAININGS}
+    phase = about.get("energy", about.get("phase"))
+    if phase and "energy" in stated:
+        found[f"ebm_{phase}"] = stated["energy"]
+    if "classifier" in stated:
+        found[classifier_name(about.get("training", "natural"))] = stated["classifier"]
+    return found
+
+
+def check_networks(name: Path, about: Mapping[str, Any], models: Path) -> None:
+    """`StageError` if a record was not made with the networks in a folder."""
+    for network, hashed in made_of(about).items():
+        weights = models / f"{network}.safetensors"
+        if weights.exists() and fingerprint(weights) != hashed:
+            raise StageError(f"{name}: was not made with the network {weights.name} beside it")
+
+
+def check_together(abouts: Mapping[Path, Mapping[str, Any]]) -> None:
+    """`StageError` if two records of one dataset were made of different images or networks."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for path, about in abouts.items():
+        for name, hashed in made_of(about).items():
+            first, where = seen.setdefault(name, (hashed, path))
+            if first != hashed:
+                raise StageError(
+                    f"{path}: was made of another {name} than {where}; run again what is older, or "
+                    "move it away"
+                )
+
 
 KEPT = "kept"
 """What a record without images says of the whole one: its fingerprint, and `farthest`."""
@@ -63,12 +103,12 @@ class AttackResult:
         return float(threat.distance(x_adv, x).max())
 
     def of_pgd(
-        self, data: Images, path: Path, classifier: Path, ball: Mapping[str, object]
+        self, data: Images, path: Path, classifier: Path, conditions: Mapping[str, object]
     ) -> Tensor:
         """The adversarial images that this record of PGD has for ``data``, (N,C,S,S).
 
-        `StageError` if it is of other images, another attack, another classifier, or another
-        ``ball`` (norm and eps_255): what it says would hold for something else.
+        `StageError` if it is of other images, of another attack or classifier, or not made under
+        ``conditions`` (norm, radius, steps, ...): what it says would hold for something else.
         """
         if KEPT in self.about:
             raise StageError(
@@ -79,7 +119,7 @@ class AttackResult:
         there = bool((rows >= 0).all()) and self.images.images[rows].equal(data.images)
         if self.about.get("attack") != "pgd" or not there:
             raise StageError(f"{path}: expected a record of attack pgd on the same test images")
-        for name, value in ball.items():
+        for name, value in conditions.items():
             if self.about.get(name) != value:
                 raise StageError(
                     f"{path}: its images were made with {name} = {self.about.get(name)}, and "

@@ -12,7 +12,7 @@ from stages import StageError, figures, page, pictures, provenance, rows, style,
 from stages.artifacts import about_of, load_tensors
 from stages.captions import CAPTIONS
 from stages.console import say
-from stages.files import NETWORK_TIMES, Paths, WholeFolder, write_text
+from stages.files import KEPT_RECORDS, NETWORK_TIMES, Paths, WholeFolder, write_text
 from stages.findings import (
     active_test,
     against_all,
@@ -22,7 +22,7 @@ from stages.findings import (
     in_the_tables,
     verification,
 )
-from stages.kept import RECORDS, together
+from stages.kept import together
 from stages.params import (
     EVALUATED,
     INSPECTED,
@@ -33,20 +33,19 @@ from stages.params import (
     TRANSFER,
     Params,
 )
-from stages.records import AttackResult
+from stages.records import AttackResult, check_together
 
 
-def run(params: Params, out: Path, root: Path = Path(), *, keep: bool = False) -> None:
+def run(params: Params, out: Path, root: Path = Path(), *, kept: Path | None = None) -> None:
     """Judge the records under ``root``, print the tables, write all into a new folder ``out``.
 
-    A record that is not there is a row, a cell or a figure "not run". With ``keep``, or where it
-    was done before, the report keeps the records without their images, and reads those that
-    ``root`` does not have.
+    A record that is not there is a row, a cell or a figure "not run". With ``kept``, a folder that
+    need not be there, the report keeps the records without their images, and of those that ``root``
+    does not have it reads and keeps what that folder has.
     """
-    kept = out / RECORDS
     with WholeFolder(out, "provenance.json") as partial:
-        if keep or kept.is_dir():
-            with together(params, root, kept, partial / RECORDS) as records:
+        if kept:
+            with together(params, root, kept, partial / KEPT_RECORDS) as records:
                 write(params, partial, records)
         else:
             write(params, partial, root)
@@ -55,6 +54,9 @@ def run(params: Params, out: Path, root: Path = Path(), *, keep: bool = False) -
 def write(params: Params, out: Path, root: Path) -> None:
     """Tables, figures, findings and provenance into an empty folder."""
     compared_paths = Paths(params.run, params.compare_dataset, root)
+    for dataset in params.datasets:
+        folder = Paths(params.run, dataset, root).record("pgd").parent
+        check_together({path: about_of(path) for path in sorted(folder.rglob("*.safetensors"))})
     results = found(
         judged(Paths(params.run, dataset, root).record(attack), params, attack)
         for dataset in params.datasets
@@ -88,10 +90,7 @@ def write(params: Params, out: Path, root: Path) -> None:
     said += [f"Tables 1-3: {verification(defended)}"] if defended else []
     said += in_the_tables(results, params.compare_dataset)
     tested = params.evaluate.active_test
-    planted = record(
-        compared_paths.record("active_test"),
-        {**tested.model_dump(), **params.conditions(tested.attack)},
-    )
+    planted = study(params, compared_paths, "active_test")
     if planted is not None:
         said.append(f"convergent: {active_test(finite(planted, 'active_test'), tested.attack)}")
     if evaluations:
@@ -122,7 +121,7 @@ def found(records: Iterable[AttackResult | None]) -> list[AttackResult]:
 
 def over_chain_lengths(params: Params, paths: Paths, out: Path) -> dict[str, object]:
     """Figures 4 and 7, from the comparison of both kinds of learning; its part of the metrics."""
-    compared = record(paths.record("compare"), params.compare.model_dump())
+    compared = study(params, paths, "compare")
     if compared is None:
         return {}
     curve = rows.accuracy_over_steps(finite(compared, "compare"), params)
@@ -172,7 +171,7 @@ def swept(params: Params, paths: Paths, out: Path) -> list[str]:
 
     What the same images say of the defense and of adversarial training.
     """
-    tensors = record(paths.record("sweep"), params.sweep_conditions())
+    tensors = study(params, paths, "sweep")
     if tensors is None:
         return []
     over_radius, over_replicas = rows.swept(tensors, params)
@@ -191,16 +190,16 @@ def swept(params: Params, paths: Paths, out: Path) -> list[str]:
 
 def dynamics(params: Params, paths: Paths, out: Path) -> None:
     """Figures 2, 8 and 9: samples over training, chaos over the noise, distance from the data."""
-    seen = record(paths.record("snapshots"), params.snapshots.model_dump())
+    seen = study(params, paths, "snapshots")
     if seen is not None:
         figure = pictures.over_training(finite(seen, "snapshots"), params.snapshots.long_steps)
         style.draw(figure, out, "figure2_training")
-    exponents = record(paths.record("lyapunov"), params.lyapunov.model_dump())
+    exponents = study(params, paths, "lyapunov")
     if exponents is not None:
         steps = params.lyapunov.burn_in + params.lyapunov.steps
         figure = pictures.order_and_chaos(exponents, params.lyapunov.separations, steps)
         style.draw(figure, out, "figure8_lyapunov")
-    distances = record(paths.record("fid"), params.fid.model_dump())
+    distances = study(params, paths, "fid")
     if distances is not None:
         about = about_of(paths.record("fid"))
         figure = pictures.distance_from_data(finite(distances, "fid"), about, params.langevin.K)
@@ -228,8 +227,8 @@ def energies_of_images(compared: dict[str, Tensor], paths: Paths) -> dict[str, d
 
 def of_dataset(params: Params, paths: Paths, out: Path) -> list[str]:
     """The figures of one dataset; what its energies' long chains say."""
-    said, steps = [], {"K": params.langevin.K}
-    diagnosed = record(paths.record("diagnose"), steps)
+    said = []
+    diagnosed = study(params, paths, "diagnose")
     if diagnosed is not None:
         histogram = figures.logit_histograms(finite(diagnosed, "diagnose"), params.diagnose.H)
         style.draw(histogram, out, f"figure3_logits_{paths.dataset}")
@@ -237,7 +236,7 @@ def of_dataset(params: Params, paths: Paths, out: Path) -> list[str]:
         if way:
             style.draw(pictures.idea(way), out, f"figure1_idea_{paths.dataset}")
     for phase in INSPECTED:
-        inspected = record(paths.record(f"inspect_{phase}"), steps)
+        inspected = study(params, paths, "inspect", phase)
         if inspected is not None:
             verdict = f"Energy of {paths.dataset}, {phase}: {convergence(inspected)}"
             history = rows.training(paths, phase)
@@ -269,12 +268,18 @@ def captions(out: Path) -> str:
     return "\n".join(lines)
 
 
-def record(path: Path, expected: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors of a record, if it is there; `StageError` if it was made of other parameters."""
+def study(
+    params: Params, paths: Paths, name: str, phase: str | None = None
+) -> dict[str, Tensor] | None:
+    """The tensors of a study's record, if it is there; `phase` of the energy that was inspected.
+
+    `StageError` if it was made of other parameters.
+    """
+    path = paths.record(f"{name}_{phase}" if phase else name)
     if not path.exists():
         return None
     tensors, about = load_tensors(path)
-    check_conditions(path, about, expected)
+    check_conditions(path, about, params.study(name, paths.dataset))
     return tensors
 
 

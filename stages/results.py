@@ -14,12 +14,11 @@ from defense.pretrained import load_classifier, load_energy
 from stages import StageError, report
 from stages.artifacts import Images, about_of, load_images, load_tensors
 from stages.console import say
-from stages.files import Paths, Whole, WholeFolder, classifier_name, fingerprint, readable, reports
+from stages.files import KEPT_RECORDS, Paths, Whole, WholeFolder, readable, reports
 from stages.hardware import Hardware
-from stages.kept import RECORDS
-from stages.params import PHASES, TRAININGS, Params, load_params
+from stages.params import Params, load_params
 from stages.provenance import IMPORTED, as_yaml, here
-from stages.records import AttackResult
+from stages.records import AttackResult, check_networks
 from stages.sections import NAME
 
 MANIFEST, PARAMS = "manifest.json", "params.yaml"
@@ -75,13 +74,15 @@ def unpack(path: Path, *, force: bool) -> None:
         theirs.joinpath("records", IMPORTED).write_text(json.dumps(manifest, indent=2) + "\n")
         try:
             check_records(params, theirs)
-            kept = (reports(params.run) / RECORDS).is_dir()
-            report.run(params, root / "report", root, keep=kept)
+            kept = reports(params.run) / KEPT_RECORDS
+            report.run(params, root / "report", root, kept=kept if kept.is_dir() else None)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise StageError(f"{path}: a record is not what it should be ({error!r})") from None
         if taken:
             say(f"import: what was there is now in {set_aside(taken, ours)}")
-        shutil.copytree(theirs, ours, dirs_exist_ok=True)
+        for path in (path for path in theirs.rglob("*") if path.is_file()):
+            with Whole(ours / path.relative_to(theirs)) as partial:
+                shutil.copyfile(path, partial)
         with shown as partial:
             shutil.copytree(root / "report", partial, dirs_exist_ok=True)
     say(
@@ -183,19 +184,3 @@ def check_records(params: Params, theirs: Path) -> None:
                     for field in fields(Images)
                 ):
                     raise StageError(f"{name}: its images or labels are not those of {own}")
-
-
-def check_networks(name: Path, about: dict[str, Any], models: Path) -> None:
-    """The networks that a record says it was made with, against those of the archive."""
-    stated = dict(about.get("files", {}))
-    named = {f"ebm_{role}": hashed for role, hashed in stated.items() if role in PHASES}
-    named |= {classifier_name(role): hashed for role, hashed in stated.items() if role in TRAININGS}
-    phase = about.get("energy", about.get("phase"))
-    if phase and "energy" in stated:
-        named[f"ebm_{phase}"] = stated["energy"]
-    if "classifier" in stated:
-        named[classifier_name(about.get("training", "natural"))] = stated["classifier"]
-    for network, hashed in named.items():
-        weights = models / f"{network}.safetensors"
-        if weights.exists() and fingerprint(weights) != hashed:
-            raise StageError(f"{name}: was not made with the network {weights.name} beside it")

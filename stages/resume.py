@@ -235,7 +235,11 @@ class Scratch:
         Not if the parameters were edited meanwhile: DVC, which reads them when a stage ends, would
         record the new values with the old result. The work is kept for when they are set back.
         """
-        if self.key(self.params.reloaded()) != self.key(self.params):
+        try:
+            changed = self.key(self.params.reloaded()) != self.key(self.params)
+        except (StageError, KeyError):  # edited so much that this stage has nothing in it
+            changed = True
+        if changed:
             raise StageError("params.yaml changed while the stage ran; its result is not recorded")
         shutil.rmtree(self.folder)
         if self.root is self and self.hardware.checkpoint:

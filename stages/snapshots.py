@@ -50,7 +50,7 @@ def run(
                 track.advance(watch=f"{phase}, batch {batch}")
             tensors |= {f"{phase}/{n}": torch.stack([part[n] for part in parts]) for n in parts[0]}
             tensors[f"{phase}/batches"] = torch.tensor(list(some))
-        about = {"run": params.run, "dataset": dataset, **params.snapshots.model_dump()}
+        about = {"run": params.run, "dataset": dataset, **params.study("snapshots", dataset)}
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     for phase in moments:

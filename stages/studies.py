@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stages.console import say
-from stages.files import Paths, pretrained, reports
+from stages.files import KEPT_RECORDS, Paths, pretrained, reports
 from stages.options import (
     DEFAULT_PARAMS,
     Checkpoint,
@@ -292,7 +292,8 @@ def report(
         from stages import report as stage
 
         out = out or reports(params.run)
-        stage.run(params, out, keep=keep)
+        kept = out / KEPT_RECORDS
+        stage.run(params, out, kept=kept if keep or kept.is_dir() else None)
         say(f"report: {out}")
 
 

@@ -20,6 +20,7 @@ from stages.artifacts import Images, load_images, save_tensors
 from stages.attack import bpda_eot, verdicts
 from stages.classifiers import load_classifier
 from stages.console import Track, say
+from stages.files import energy_name
 from stages.hardware import Hardware
 from stages.models import Nets, sequential, threat
 from stages.params import NORMS, TRAININGS, Params
@@ -50,7 +51,7 @@ def run(
     inputs = {"images": images, "energy": energy, **classifiers}
 
     def key(p: Params) -> object:
-        return p.seed, dataset, p.data[dataset], p.attack, p.sweep_conditions()
+        return p.seed, dataset, p.data[dataset], p.study("sweep", dataset)
 
     settings, shards = settings_of(nets, networks), data.shards(params.attack.shard)
     found: dict[str, list[dict[str, Tensor]]] = {setting: [] for setting in settings}
@@ -69,8 +70,8 @@ def run(
             for setting, parts in found.items()
             for name in parts[0]
         }
-        about = {"run": params.run, "dataset": dataset, **params.sweep_conditions()}
-        about |= {"energy": energy.stem.removeprefix("ebm_")}
+        about = {"run": params.run, "dataset": dataset, **params.study("sweep", dataset)}
+        about |= {"energy": energy_name(energy)}
         save_tensors(out, tensors, {**about, **scratch.about()})
         scratch.done()
     for setting in settings:

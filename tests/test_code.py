@@ -131,7 +131,7 @@ def test_an_attack_changes_no_training(edited) -> None:
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("stages/params.py", 'return {"norm": self', 'return {"NORM": self'),
+        ("stages/params.py", '"norm": section.norm', '"NORM": section.norm'),
         ("stages/hardware.py", "default = 200", "default = 100"),
         ("stages/artifacts.py", "images.ndim != 4", "images.ndim != 5"),
     ],
@@ -142,3 +142,20 @@ def test_what_bears_numbers_changes_what_depends_on_it(edited, module, old, new)
 
 def test_what_a_person_sees_changes_nothing(edited) -> None:
     assert edited("stages/console.py", "log_every = 15.0", "log_every = 20.0") == set()
+
+
+@pytest.mark.parametrize("data", code.DATA.values())
+def test_data_that_a_module_reads_changes_the_report(edited, data) -> None:
+    text = (ROOT / data).read_text()
+    changed = edited(data, text[:9], f"{text[:9]} ")
+    assert "report" in changed
+    assert not (TRAINING | {"attack", "compare"}) & changed
+
+
+def test_other_peoples_modules_are_not_ours(edited, tmp_path) -> None:
+    """Installed, both packages lie beside torch."""
+    (tmp_path / "torch/nn").mkdir(parents=True)
+    (tmp_path / "torch/nn/functional.py").write_text("")
+    assert "import torch.nn.functional" in (tmp_path / "defense/losses.py").read_text()
+    code.imports.cache_clear()
+    assert code.imports("defense/losses.py") == frozenset()

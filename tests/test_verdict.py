@@ -12,12 +12,12 @@ from defense.verdict import (
     answer,
     classes_of,
     clear_verdict,
-    evidence,
     is_right,
     mean_logit_draws,
     replicated,
     safe_and_borderline,
     scores,
+    wealth_against_half,
     wrong,
 )
 
@@ -121,9 +121,11 @@ def test_wealth_grows_only_against_what_is_false(share: float) -> None:
     order = torch.rand(100, 4000, generator=generator).argsort(0)
     values = (order < 100 * share).double()  # of 100 values, in random order
     for seen in (20, 60, 100):
-        wealth = evidence(values[:seen], 100)
+        wealth = wealth_against_half(values[:seen], 100)
         assert float(wealth.mean()) <= 1 + 3 * float(wealth.std()) / 4000**0.5
-    assert float((evidence(1 - values, 100) > 1000).double().mean()) == float(share < 0.5)
+    assert float((wealth_against_half(1 - values, 100) > 1000).double().mean()) == float(
+        share < 0.5
+    )
 
 
 def test_clear_images_take_few_replicas_and_doubtful_ones_all() -> None:
