@@ -41,8 +41,6 @@ NEVER = -1
 
 NOT_MEASURED = -1
 
-TRIED = 8  # images on which a target is asked whether its answers are random
-
 
 @dataclass(frozen=True)
 class AttackConfig:
@@ -135,6 +133,11 @@ def ask(
         x, y = x.clone().detach().requires_grad_(True), y.clone()
         logits = logits_of(model(x), len(x))
         losses = loss(logits, y)
+        if not losses.requires_grad:
+            raise ValueError(
+                "surrogate: its logits have no gradient in the pixels (detached, or under no_grad "
+                "inside), and this attack follows one"
+            )
         (slope,) = torch.autograd.grad(losses.sum(), x)
     return slope, losses.detach(), logits.detach()
 
@@ -260,11 +263,24 @@ def run_attack(
     """
     check_pixels(x)
     y = labels_of(y, len(x))
+    check_models(surrogate=surrogate, target=target)
     refuse_shared_noise(surrogate, target)
     modules = [model for model in (surrogate, target) if isinstance(model, nn.Module)]
     with evaluation_mode(*modules):
-        judge = replicated(target, x[:TRIED], config.replicas)
+        judge = replicated(target, x, config.replicas)
         return _run(surrogate, judge, x, y, config, generator=generator, on_step=on_step)
+
+
+def check_models(**models: object) -> None:
+    """`ValueError` for what is neither a module nor draws replicas: its mode cannot be seen."""
+    for name, model in models.items():
+        if not isinstance(model, nn.Module) and (
+            name == "surrogate" or not hasattr(model, "replica_logits")
+        ):
+            raise ValueError(
+                f"{name}: expected an nn.Module from pixels to logits, got {type(model).__name__}; "
+                "wrap a function in a module, its network a part of it"
+            )
 
 
 def refuse_shared_noise(surrogate: nn.Module, target: nn.Module | Replicated) -> None:
@@ -279,9 +295,11 @@ def refuse_shared_noise(surrogate: nn.Module, target: nn.Module | Replicated) ->
 
 
 def seeds_of(model: nn.Module | Replicated) -> dict[int | str, object]:
-    """What in a model draws its noise by a seed, in the model itself or in its modules."""
+    """What in a model draws replicas by a seed: the model itself, or modules of it."""
     parts = list[object](model.modules()) if isinstance(model, nn.Module) else [model]
-    found = ((getattr(part, "seed", None), part) for part in parts)
+    found = (
+        (getattr(part, "seed", None), part) for part in parts if hasattr(part, "replica_logits")
+    )
     return {seed: part for seed, part in found if isinstance(seed, int | str)}
 
 
@@ -355,8 +373,9 @@ def run_transfer(
             f"pixels in [0, 1]), got {farthest:.6f}: are they of the same images, in order?"
         )
     y = labels_of(y, len(x))
+    check_models(target=target)
     with evaluation_mode(*([target] if isinstance(target, nn.Module) else [])):
-        judge = replicated(target, x[:TRIED], config.replicas)
+        judge = replicated(target, x, config.replicas)
         clean = answer(judge, x, y, config.early())
         judged = _judged(judge, x_adv, y, clean, config)
     broken = is_right(clean.logits, y) & ~is_right(judged["adversarial_logits"], y)

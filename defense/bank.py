@@ -23,12 +23,15 @@ class NoisyImages:
         there = len(self.images) * (2 if self.mirror else 1)
         return torch.randint(there, (count,), generator=generator, device=self.images.device)
 
-    def at(self, places: Tensor, *, generator: Generator) -> Tensor:
-        """Noisy images (n,C,H,W) at these places (n,)."""
+    def clean(self, places: Tensor) -> Tensor:
+        """The images (n,C,H,W) at these places (n,), without noise."""
         clean = self.images[places % len(self.images)]
         mirrored = (places >= len(self.images)).view(-1, 1, 1, 1)
-        if mirrored.any():
-            clean = torch.where(mirrored, clean.flip(3), clean)
+        return torch.where(mirrored, clean.flip(3), clean) if mirrored.any() else clean
+
+    def at(self, places: Tensor, *, generator: Generator) -> Tensor:
+        """Noisy images (n,C,H,W) at these places (n,)."""
+        clean = self.clean(places)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         return clean + self.sigma * noise
 

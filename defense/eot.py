@@ -108,6 +108,8 @@ class EOTDefense(nn.Module):
         segment: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(classifier, nn.Module):
+            raise ValueError(f"classifier: expected an nn.Module, got {type(classifier).__name__}")
         if gradient not in get_args(GradientMode):
             raise ValueError(
                 f"gradient: expected one of {get_args(GradientMode)}, got {gradient!r}"
@@ -116,8 +118,8 @@ class EOTDefense(nn.Module):
             smoothed(energy, softness)  # or an error, now and not in the middle of an attack
         if config.denoise:
             denoising_factor(energy, config.tau)  # the same
-        if replicas < 1:
-            raise ValueError(f"replicas: expected >= 1, got {replicas}")
+        if type(replicas) is not int or replicas < 1:
+            raise ValueError(f"replicas: expected a whole number >= 1, got {replicas!r}")
         if max_chains < 1:
             raise ValueError(f"max_chains: expected >= 1, got {max_chains}")
         self.classifier = classifier

@@ -1,5 +1,6 @@
 """Trained networks at rest: frozen, in evaluation mode, asked in pieces, their answers checked."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+
+MODES_MATTER = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 
 def freeze(module: Module) -> Module:
@@ -20,8 +23,26 @@ def freeze(module: Module) -> Module:
 
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Inside, these modules and all of their parts are in evaluation mode; after, as they were."""
+    """Inside, these modules and all of their parts are in evaluation mode; after, as they were.
+
+    Dropout and batch normalization in training mode inside a network in evaluation mode may be
+    meant to be so, and are warned of.
+    """
     training = [part for module in modules for part in module.modules() if part.training]
+    odd = {
+        type(part).__name__
+        for module in modules
+        if not module.training
+        for part in module.modules()
+        if part.training and isinstance(part, MODES_MATTER)
+    }
+    if odd:
+        warnings.warn(
+            f"{', '.join(sorted(odd))} in training mode inside a network in evaluation mode: all "
+            "of it is asked in evaluation mode. A defense that is meant to draw its answer offers "
+            "`replica_logits`, see defense.Replicated",
+            stacklevel=3,
+        )
     for part in training:
         part.training = False
     try:
@@ -65,6 +86,8 @@ def logits_of(output: Any, count: int) -> Tensor:
 
 def labels_of(y: Tensor, count: int) -> Tensor:
     """Labels (B,) int64 from labels of any integer type, (B,) or (B,1); `ValueError` otherwise."""
+    if not isinstance(y, Tensor):
+        raise ValueError(f"labels: expected a tensor of whole numbers, got {type(y).__name__}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"labels: expected whole numbers, got {y.dtype}")
     if y.shape not in ((count,), (count, 1)):

@@ -27,6 +27,8 @@ def check_pixels(x: Tensor, *, beyond: float = 1e-6) -> None:
 
     They may leave that range by ``beyond``.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: expected a tensor of images (B,C,H,W), got {type(x).__name__}")
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(
             f"x: expected images (B,C,H,W), floating, pixels in [0, 1], got {tuple(x.shape)} "

@@ -10,7 +10,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -203,17 +203,26 @@ class Replicated(Protocol):
 class Repeated:
     """Any other module as a `Replicated`: a draw is a call, and one is enough if calls agree.
 
-    ``x`` (B,C,H,W) are images to try that on: the module is asked `CALLS` times. A module that
-    draws its noise from torch's global stream, as dropout does, is then asked ``replicas`` times.
+    A module that draws its noise from torch's global stream, as dropout does, is asked ``replicas``
+    times. It is found by asking: `CALLS` times for the first `TRIED` of images ``x`` (B,C,H,W),
+    twice for all. One that draws more rarely than that is not found: give it a `replica_logits`.
+    `ValueError` for a module whose answer to an image depends on the others in the batch.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, replicas: int) -> None:
         self.model = model
         self.replicas = 1
-        if replicas > 1:
-            first, *others = (self.ask(x) for _ in range(CALLS))
-            if any(differ(first, other) for other in others):
+        if replicas > 1 and len(x):
+            some = x[:TRIED]
+            first, *others = (self.ask(some) for _ in range(CALLS))
+            random = any(differ(first, other) for other in others)
+            if random or differ(self.ask(x), self.ask(x)):
                 self.replicas = replicas
+            elif len(x) > 1 and differ(first[:1], self.ask(x[:1])):
+                raise ValueError(
+                    "target: its answer to an image depends on the other images in the batch, as "
+                    "with batch normalization by the batch's own statistics; judge it one by one"
+                )
 
     def ask(self, x: Tensor) -> Tensor:
         """Logits (B, classes)."""
@@ -226,24 +235,61 @@ class Repeated:
         return torch.stack([self.ask(x) for _ in range(count)])
 
 
-CALLS = 5  # by which a module that answers at random is told from one that does not
+class Counted:
+    """A defense with `replica_logits` that does not say how many replicas make a verdict."""
+
+    def __init__(self, model: Any, replicas: int) -> None:
+        self.model = model
+        self.replicas = replicas
+
+    def replica_logits(
+        self, x: Tensor, *, replicas: int | None = None, generator: Generator | None = None
+    ) -> Tensor:
+        count = self.replicas if replicas is None else replicas
+        found: Tensor = self.model.replica_logits(x, replicas=count, generator=generator)
+        return found
+
+
+TRIED, CALLS = 8, 20  # images and calls by which a module that answers at random is found
 ROUNDING = 1e-3  # of logits, relative to the largest: by so much two runs of one network may differ
+FAR = 50.0  # so far below the largest logit of an image a class has no chance, as when it is masked
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
-    """Whether two answers (B, classes) to the same images differ by more than rounding."""
-    finite = first[torch.isfinite(first)]
+    """Whether two answers (B, classes) to the same images differ by more than rounding.
+
+    What counts is how far logits lie below the largest one of their image, up to `FAR`: neither a
+    constant nor a masked class hides that the others change.
+    """
+    one, other = ((x - x.amax(1, keepdim=True)).clamp_min(-FAR) for x in (first, second))
+    finite = one[torch.isfinite(one)]
     scale = float(finite.abs().max()) if len(finite) else 0.0
-    same = torch.isclose(first, second, rtol=0.0, atol=ROUNDING * max(scale, 1e-6), equal_nan=True)
+    same = torch.isclose(one, other, rtol=0.0, atol=ROUNDING * max(scale, 1e-6), equal_nan=True)
     return not bool(same.all())
 
 
 def replicated(model: nn.Module | Replicated, x: Tensor, replicas: int) -> Replicated:
     """The model if it draws replicas by itself, else `Repeated`; x (b,C,H,W) to try it on."""
     # Not isinstance: since Python 3.12 it overlooks what a module hands on, as a compiled one does.
-    if hasattr(model, "replica_logits") and hasattr(model, "replicas"):
-        return cast(Replicated, model)
-    return Repeated(cast(nn.Module, model), x, replicas)
+    if not hasattr(model, "replica_logits"):
+        return Repeated(cast(nn.Module, model), x, replicas)
+    return cast(Replicated, model) if hasattr(model, "replicas") else Counted(model, replicas)
+
+
+def draw(model: Replicated, x: Tensor, y: Tensor, count: int | None = None) -> Tensor:
+    """Logits (count,B,classes) of so many replicas, or of all; `ValueError` for anything else."""
+    logits = model.replica_logits(x, replicas=count)
+    expected = model.replicas if count is None else count
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        got: object = type(logits).__name__ if not isinstance(logits, Tensor) else logits.shape
+        raise ValueError(f"replica_logits: expected a tensor (replicas, B, classes), got {got}")
+    if logits.shape[:2] != (expected, len(x)):
+        raise ValueError(
+            f"replica_logits: expected ({expected}, {len(x)}, classes) for {expected} replicas of "
+            f"{len(x)} images, got {tuple(logits.shape)}"
+        )
+    check_labels(y, logits.shape[2])
+    return logits
 
 
 def answer(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Answer:
@@ -251,21 +297,14 @@ def answer(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | Non
 
     `ValueError` for logits of another shape than (replicas,B,classes), and for labels beyond them.
     """
-
-    def draw(images: Tensor, count: int) -> Tensor:
-        logits = model.replica_logits(x[images], replicas=count)
-        if logits.ndim != 3 or logits.shape[:2] != (count, len(images)):
-            raise ValueError(
-                f"replica_logits: expected ({count}, {len(images)}, classes) for {count} replicas "
-                f"of {len(images)} images, got {tuple(logits.shape)}"
-            )
-        check_labels(y, logits.shape[2])
-        return logits
-
     if sequential is None or model.replicas == 1:
-        replicas = draw(torch.arange(len(x), device=x.device), model.replicas)
+        replicas = draw(model, x, y)
         return Answer(replicas.mean(0), replicas, torch.full_like(y, len(replicas)))
-    return sequential.answer(draw, y, model.replicas)
+
+    def more(images: Tensor, count: int) -> Tensor:
+        return draw(model, x[images], y[images], count)
+
+    return sequential.answer(more, y, model.replicas)
 
 
 def wrong(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Tensor:

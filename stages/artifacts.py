@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,13 +23,16 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # Images
 
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 """What numpy raises for a file that is no good .npz."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 images (N,C,S,S), labels (N,) int64 and their places (N,) among all of the source."""
+    """uint8 images (N,C,S,S), labels (N,) int64 and their places (N,) in the source.
+
+    Of a source that is not embedded, after its images were sorted by their pixels.
+    """
 
     images: Tensor
     labels: Tensor
@@ -48,6 +52,11 @@ class Images:
 
 def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None:
     """Shape, type and labels against the dataset's section."""
+    if images.dtype != torch.uint8 or labels.ndim != 1 or labels.is_floating_point():
+        raise StageError(
+            f"{origin}: expected images uint8 and labels (N,) integer, got {images.dtype} and "
+            f"{tuple(labels.shape)} {labels.dtype}"
+        )
     expected = (section.channels, section.image_size, section.image_size)
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise StageError(
@@ -107,10 +116,15 @@ def load_images(path: Path, split: str, section: Dataset, count: int | None = No
 
 
 def save_weights(path: Path, module: nn.Module, **more: object) -> None:
-    """The weights of a network as safetensors, with the arguments that build it, and ``more``."""
+    """The weights of a network as safetensors, with the arguments that build it, and ``more``.
+
+    `StageError` for weights that are no numbers.
+    """
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
+    if not all_finite(tensors):
+        raise StageError(f"{path}: its training has diverged; lower the learning rate")
     about = {"network": type(module).__name__, "architecture": module.architecture, **more}
     save_tensors(path, tensors, about)
 
@@ -133,7 +147,14 @@ def load_network(
     except (RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StageError(f"{path}: not the weights of a {kind.__name__}: {reason}") from None
+    if not all_finite(tensors):
+        raise StageError(f"{path}: its weights are no numbers: its training has diverged")
     return module
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all values of all tensors are finite."""
+    return all(bool(torch.isfinite(value).all()) for value in tensors.values())
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -159,10 +180,23 @@ def load_state(path: Path, made_by: str, device: torch.device) -> dict[str, Any]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
-    """Named tensors with a description (any JSON) as safetensors."""
+    """Named tensors with a description (any JSON) as safetensors.
+
+    `StageError` where a network lies: a record does not replace it.
+    """
+    if "network" not in about and path.exists() and is_network(path):
+        raise StageError(f"{path}: holds a network, which a record does not replace")
     with Whole(path) as partial:
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(contiguous, partial, metadata={"about": json.dumps(about, sort_keys=True)})
+
+
+def is_network(path: Path) -> bool:
+    """Whether a file holds the weights of a network."""
+    try:
+        return "network" in about_of(path)
+    except StageError:
+        return False
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -286,6 +286,9 @@ def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, files: Files) 
         made = params.conditions("pgd")
         x_adv = pgd.of_pgd(images, files.pgd, files.classifier, made).to(x.device)
         target = nets.defense(steps, replicas, f"{attack}/{shard}")
-        return run_transfer(target, x, x_adv, y, config)
+        try:
+            return run_transfer(target, x, x_adv, y, config)
+        except ValueError as error:
+            raise StageError(f"{files.pgd}: {error}") from None
 
     return evaluate

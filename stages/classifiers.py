@@ -16,8 +16,7 @@ from stages.files import require
 from stages.hardware import Hardware
 from stages.params import Params
 
-EXPORTED = ".pt2"
-PICKLED = (".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl")
+EXPORTED, OURS = ".pt2", ".safetensors"
 TRIED = 4  # images that a classifier is tried on
 
 
@@ -40,11 +39,11 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
     """
     if path.suffix == EXPORTED:
         classifier = _exported(path)
-    elif path.suffix in PICKLED:
+    elif path.suffix != OURS:
         raise StageError(
-            f"{path}: holds weights without their architecture; build the network in Python, load "
-            "them, call .eval(), and write it with torch.export.save(torch.export.export(...), "
-            "'mine.pt2'): README shows how"
+            f"{path}: expected {OURS} of `stochsec train-classifier`, or {EXPORTED} for any other "
+            "network: build it in Python, load its weights, call .eval(), and write it with "
+            "torch.export.save(torch.export.export(...), 'mine.pt2'): README shows how"
         )
     else:
         otherwise = new_classifier(params, dataset).architecture
@@ -58,8 +57,10 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
     shape = (TRIED, data.channels, data.image_size, data.image_size)
     images = torch.rand(shape, generator=generator).to(hardware.device)
     try:
+        logits = logits_of(classifier(images.requires_grad_()), TRIED)
+        differentiable = logits.requires_grad
         with torch.no_grad():
-            logits, again = (logits_of(classifier(images), TRIED) for _ in range(2))
+            again = logits_of(classifier(images), TRIED)
             alone = logits_of(classifier(images[:1]), 1)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -71,8 +72,17 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
             f"{path}: expected logits ({TRIED}, {data.classes}) for {TRIED} images, got "
             f"{tuple(logits.shape)}"
         )
+    logits = logits.detach()
     if not torch.isfinite(logits).all():
-        raise StageError(f"{path}: its logits are no numbers: its training has diverged")
+        raise StageError(
+            f"{path}: its logits are not finite: its training has diverged, or a class is masked "
+            "with -inf, where a large negative number would do"
+        )
+    if not differentiable:
+        raise StageError(
+            f"{path}: its logits have no gradient in the pixels (detached, or under no_grad "
+            "inside), and attacks follow one"
+        )
     if differ(logits, again):
         raise StageError(
             f"{path}: its answer to an image changes from call to call, as with dropout in a "
@@ -101,7 +111,11 @@ class Exported(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (B,C,H,W) in [0, 1] -> logits (B, classes)."""
-        return logits_of(self.program(x), len(x))
+        try:
+            return logits_of(self.program(x), len(x))
+        except AssertionError as error:  # of a bound that was set on the size of a batch
+            reason = " ".join(str(error).split())[:200]
+            raise StageError(f"classifier: does not take {len(x)} images: {reason}") from None
 
 
 def _exported(path: Path) -> nn.Module:

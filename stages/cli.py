@@ -29,6 +29,7 @@ from stages.options import (
     checked,
     mendable,
     place,
+    weights,
 )
 from stages.params import EVALUATED, PGD_ATTACKS, TABLE_ATTACKS
 
@@ -112,7 +113,7 @@ def train_classifier(
             training,
             Hardware.choose(device, None, time_limit, checkpoint),
             images=images or paths.images,
-            out=out or paths.classifier(training),
+            out=weights(out, paths.classifier(training)),
             history=out.with_suffix(".csv") if out else paths.history(classifier_name(training)),
         )
 
@@ -151,7 +152,7 @@ def train_ebm(
             Hardware.choose(device, None, time_limit, checkpoint),
             images=images or paths.images,
             start=start or paths.state(f"ebm_{'smooth_' * phase.startswith('smooth_')}adam"),
-            out=out or paths.model(name),
+            out=weights(out, paths.model(name)),
             state_out=out.with_suffix(".state.pt") if out else paths.state(name),
             snapshots_out=_snapshots(paths, phase, out),
             history=out.with_suffix(".csv") if out else paths.history(name),
@@ -224,7 +225,7 @@ def _limits(subset: str | None) -> tuple[int, int] | None:
     if subset is None:
         return None
     start, _, stop = subset.partition(":")
-    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+    if not (start.isdecimal() and stop.isdecimal()):
         raise StageError(f"subset: expected START:STOP with START < STOP, got {subset!r}")
     return int(start), int(stop)
 

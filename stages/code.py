@@ -70,7 +70,8 @@ def imports(module: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     ours = {name for name in names if name.partition(".")[0] in ("defense", "stages")}
-    files = {f"{name.replace('.', '/')}.py" for name in ours}
+    paths = {name.replace(".", "/") for name in ours}
+    files = {f"{path}.py" for path in paths} | {f"{path}/__init__.py" for path in paths}
     return frozenset(file for file in files if (ROOT / file).exists())
 
 

@@ -115,6 +115,8 @@ class Whole:
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> Path:
+        if self.path.exists() and not self.path.is_file():
+            raise StageError(f"{self.path}: expected a file or nothing, is something else")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.partial
 
@@ -146,13 +148,16 @@ class WholeFolder:
     """
 
     def __init__(self, path: Path, mark: str) -> None:
-        self.path = path
+        self.path = path = path.resolve()
         refuse_foreign(path, mark)
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
 
     def __enter__(self) -> Path:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        for left in self.partial.parent.iterdir():
+            if left.name.startswith(f".{self.path.name}.") and left.suffix == ".partial":
+                shutil.rmtree(left)  # of a run that was killed
+        self.partial.mkdir()
         return self.partial
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -203,6 +208,15 @@ def minutes(time_limit: float | None) -> float:
 def source_files() -> list[Path]:
     """The modules of both packages."""
     return sorted(path for name in ("defense", "stages") for path in (ROOT / name).glob("*.py"))
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The files under a folder that match, in order; neither hidden ones nor in hidden folders."""
+    return [
+        path
+        for path in sorted(folder.rglob(pattern))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
 
 
 def readable(path: Path) -> str:

@@ -18,6 +18,12 @@ def flags_of(result: AttackResult) -> list[str]:
     gradient = about.get("gradient")
     if gradient in ("exact", "smoothed") and attacked.any() and not record.through_chain.any():
         flags.append("gradient is the identity: the energy is piecewise linear")
+    unanswered = int((~torch.isfinite(record.clean_logits).all(1)).sum())
+    if unanswered:
+        flags.append(
+            f"logits that are no numbers on {unanswered} of {len(labels)} natural images, which "
+            "count as wrong"
+        )
     lost = int((record.not_finite > 0).sum())
     if lost:
         flags.append(

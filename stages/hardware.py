@@ -41,7 +41,7 @@ class Hardware:
             raise StageError(f"device: {name!r} cannot be used ({error})") from None
         default = 200 if chosen.type == "cpu" else 4096  # part of every record's noise order
         chains = str(max_chains or os.environ.get("STOCHSEC_MAX_CHAINS") or default)
-        if not chains.isdigit() or int(chains) < 1:
+        if not chains.isdecimal() or int(chains) < 1:
             raise StageError(f"STOCHSEC_MAX_CHAINS: expected a number >= 1, got {chains!r}")
         return cls(chosen, int(chains), minutes(time_limit), checkpoint)
 

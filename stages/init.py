@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stages import StageError, presets
 from stages.console import say
-from stages.files import NETWORK_TIMES, WORKFLOW, write_text
+from stages.files import NETWORK_TIMES, WORKFLOW, Whole, visible, write_text
 
 IGNORED_BY_GIT = "/artifacts/\n/.scratch/\n/data/\n/dvc_plots/\n"
 IGNORED_BY_DVC = "__pycache__/\n.scratch/\n"
@@ -14,13 +14,13 @@ SETTINGS = "[core]\n    analytics = false\n    check_update = false\n"
 WITHOUT_GIT = "    no_scm = true\n"
 CODE_DEPS = "    deps:\n    - defense\n    - stages\n"
 NO_DEPS = """\
-    # The packages are installed elsewhere. After an upgrade: dvc repro -f code
+    always_changed: true  # the packages are installed elsewhere, where DVC does not look
 """
 
 
 def run(folder: Path) -> None:
     """Lay out dvc.yaml, params.yaml (digits), presets, DVC's settings; nothing is overwritten."""
-    names = ("dvc.yaml", "params.yaml", "presets", ".dvc", ".dvcignore")
+    names = ("dvc.yaml", "params.yaml", "presets", ".dvc", ".dvcignore", str(NETWORK_TIMES))
     taken = [name for name in names if (folder / name).exists()]
     if taken:
         raise StageError(f"{folder / taken[0]}: is there already, so nothing is laid out here")
@@ -28,7 +28,9 @@ def run(folder: Path) -> None:
     if CODE_DEPS not in graph:
         raise StageError(f"{WORKFLOW / 'dvc.yaml'}: has no stage code that can be adapted")
     for name in ("presets", str(NETWORK_TIMES)):
-        shutil.copytree(WORKFLOW / name, folder / name)
+        for path in visible(WORKFLOW / name, "*"):
+            with Whole(folder / name / path.relative_to(WORKFLOW / name)) as partial:
+                shutil.copyfile(path, partial)
     write_text(folder / "dvc.yaml", graph.replace(CODE_DEPS, NO_DEPS))
     write_text(folder / "params.yaml", presets.text(presets.BASE))
     write_text(folder / ".dvcignore", IGNORED_BY_DVC)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defense.bank import CompactBank
+from defense.bank import CompactBank, NoisyImages
 from defense.diagnostics import energies, states_at
 from defense.energy import ConvEnergy
 from defense.pixels import from_bytes, to_net
@@ -54,8 +54,9 @@ def run(
     train, test = (to_net(from_bytes(x[:LEVELS])) for x in (all_train, all_test))
     sets = {"training images": train[:count], "test images": test[:count]}
     if "origins" in saved["bank"]:
-        origins = saved["bank"]["origins"][:count].cpu() % len(all_train)
-        sets["images of the bank"] = to_net(from_bytes(all_train[origins]))
+        everything = NoisyImages(all_train, section.data_noise, mirror=params.ebm.mirror)
+        shown = everything.clean(saved["bank"]["origins"][:count].cpu())
+        sets["images of the bank"] = to_net(from_bytes(shown))
     generator = make_generator(params.seed, dataset, "inspect", device=hardware.device)
     noise = 2 * torch.rand(test.shape, generator=generator, device=hardware.device) - 1
     seen = train.to(hardware.device)  # as training sees it

@@ -15,7 +15,7 @@ import torch
 
 from stages import StageError
 from stages.artifacts import load_tensors, save_tensors
-from stages.files import fingerprint
+from stages.files import fingerprint, visible
 from stages.params import Params
 from stages.provenance import IMPORTED
 from stages.records import KEPT, AttackResult
@@ -35,7 +35,7 @@ def together(params: Params, root: Path, before: Path, after: Path) -> Iterator[
     if (own / IMPORTED).exists():
         shutil.copyfile(own / IMPORTED, after / IMPORTED)
     for dataset in params.datasets:
-        for path in sorted((own / dataset).rglob("*")):
+        for path in visible(own / dataset, "*"):
             place = after / path.relative_to(own)
             place.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".safetensors":

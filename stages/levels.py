@@ -62,7 +62,7 @@ def say_levels(
     """The level of fresh chains, for images of the bank, other training images, held-out ones."""
     data, count, sets = trainer.data.images, params.inspect.chains, dict[str, Tensor]()
     if isinstance(trainer.bank, DataBank):
-        sets["images of the bank"] = data[trainer.bank.origins[:count] % len(data)]
+        sets["images of the bank"] = trainer.data.clean(trainer.bank.origins[:count])
     sets["training images"] = data[:count]
     if held_out is not None:
         sets["held-out images"] = held_out

@@ -147,6 +147,13 @@ def attack_files(
     )
 
 
+def weights(given: Path | None, usual: Path) -> Path:
+    """Where trained weights go; the curve of their training goes beside them as .csv."""
+    if given is not None and given.suffix == ".csv":
+        raise StageError(f"{given}: expected another ending than .csv, which is that of the curve")
+    return given or usual
+
+
 def place(paths: Paths, record: str, *given: Path | None) -> Path:
     """Where a record goes: that of the workflow, or beside it if it is of files that were given."""
     return paths.own(f"{record}.safetensors") if any(given) else paths.record(record)

@@ -98,6 +98,12 @@ class Params(Section):
             ("lyapunov.chains", self.lyapunov.chains, pgd),
             ("compare.bpda_eot.images", self.compare.bpda_eot.images, compared),
             ("evaluate.draws", self.evaluate.draws, drawn),
+            ("evaluate.draws", self.evaluate.draws, ("langevin.H_def", self.langevin.H_def)),
+            (
+                "evaluate.draws",
+                self.evaluate.draws,
+                ("attack.transfer.replicas", self.attack.transfer.replicas),
+            ),
             ("diagnose.H", max(self.diagnose.H), ("diagnose.replicas", self.diagnose.replicas)),
             ("langevin.K", self.langevin.K, ("inspect.long_steps", self.inspect.long_steps)),
         ):

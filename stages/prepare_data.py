@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from defense.rng import make_generator
@@ -23,6 +23,7 @@ from stages.params import Dataset, Params
 
 SPLITS = ("train", "test")
 SHOWN = 5  # files that a message names
+FULL_RANGE = 2**14  # 16-bit files hold a value as large as that, or they hold fewer bits
 
 
 def run(params: Params, dataset: str, out: Path) -> None:
@@ -33,6 +34,8 @@ def run(params: Params, dataset: str, out: Path) -> None:
     for split in SPLITS:
         images, labels, origin = read_split(section, dataset, root, split)
         check(images, labels, section, origin)
+        if lacking := sorted(set(range(section.classes)) - set(labels.tolist())):
+            say(f"{origin}: has no images of class {', '.join(map(str, lacking))}")
         if section.source != "embedded":
             by_pixels = sorted_by_pixels(images, labels)
             images, labels = images[by_pixels], labels[by_pixels]
@@ -155,25 +158,31 @@ def read_folder(root: Path, section: Dataset) -> tuple[Tensor, Tensor, str]:
     """
     names = class_names(root, section)
     say(f"{root}: " + ", ".join(f"{label}={name}" for label, name in enumerate(names)))
-    files = [
-        (path, label)
-        for label, name in enumerate(names)
-        for path in sorted((root / name).rglob("*"))
-        if path.is_file()
-    ]
+    files, left_out = list[tuple[Path, int]](), list[Path]()
+    for path in everything(root):
+        name, *inner = path.relative_to(root).parts
+        if name in names and inner and not any(part.startswith(".") for part in inner):
+            files.append((path, names.index(name)))
+        else:
+            left_out.append(path)
     images, labels = list[np.ndarray[Any, Any]](), list[int]()
-    left_out, animated = list[Path](), list[Path]()
+    animated, deep = list[Path](), list[int]()
     with Track(f"read {root}", len(files), unit="files") as track:
         for path, label in files:
-            picture = read_picture(path, section, animated)
+            picture = read_picture(path, section, animated, deep)
             if picture is None:
                 left_out.append(path)
             else:
                 images.append(picture)
                 labels.append(label)
             track.advance()
-    told(f"{root}: files that are no images, left out", left_out)
+    told(f"{root}: files that are no images, hidden or in no class folder, left out", left_out)
     told(f"{root}: files of several frames, of which the first was taken", animated)
+    if deep and max(deep) < FULL_RANGE:
+        raise StageError(
+            f"{root}: the largest value in {len(deep)} 16-bit files is {max(deep)}, so they hold "
+            "fewer bits and would come out dark; scale them to 0..65535, or store 8 bits"
+        )
     for label, name in enumerate(names):
         if label not in labels:
             raise StageError(f"{root / name}: expected images in it, found none")
@@ -202,43 +211,75 @@ def class_names(root: Path, section: Dataset) -> list[str]:
     return every
 
 
-def read_picture(path: Path, section: Dataset, animated: list[Path]) -> np.ndarray[Any, Any] | None:
+def everything(root: Path) -> list[Path]:
+    """All that lies in a folder and in those beneath it but the folders themselves, in order.
+
+    Links are followed; one that leads nowhere is there, too.
+    """
+    found, seen = list[Path](), set[Path]()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        if here in seen:  # a link to a folder that it lies in
+            inner.clear()
+            continue
+        seen.add(here)
+        found += [Path(folder, name) for name in names]
+    return sorted(found)
+
+
+def read_picture(
+    path: Path, section: Dataset, animated: list[Path], deep: list[int]
+) -> np.ndarray[Any, Any] | None:
     """uint8 (C,S,S) of an image file, turned as its camera says; None for a file of another kind.
 
     16 bits a value become 8. `StageError` for a file that is called an image and is none, for
     transparent pixels, and for floating values or whole numbers whose range nobody can know.
-    Files of several frames are added to ``animated``.
+    Files of several frames are added to ``animated``, the largest value of 16 bits to ``deep``.
     """
+    if path.exists() and not path.is_file():
+        return None
     try:
-        with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                animated.append(path)
-            picture = ImageOps.exif_transpose(image)
-            picture.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        pixels = opened(path, section, animated, deep)
+    except StageError:
+        raise
+    except Exception as error:  # a damaged or hostile file raises many kinds
         Image.init()
         if path.suffix.lower() in Image.registered_extensions():
-            raise StageError(f"{path}: cannot be read as an image ({error})") from None
+            reason = " ".join(str(error).split())[:200]
+            raise StageError(f"{path}: cannot be read as an image ({reason})") from None
         return None
+    size = (section.image_size, section.image_size)
+    if pixels.shape[:2] != size:
+        raise StageError(f"{path}: expected {size} pixels, got {pixels.shape[:2]}")
+    return pixels.reshape(*size, section.channels).transpose(2, 0, 1)
+
+
+def opened(
+    path: Path, section: Dataset, animated: list[Path], deep: list[int]
+) -> np.ndarray[Any, Any]:
+    """What `read_picture` reads, of any size: uint8 (H,W) or (H,W,3)."""
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            animated.append(path)
+        picture = ImageOps.exif_transpose(image)
+        picture.load()
+    wide = picture.mode == "F" or picture.mode.startswith("I")
     if picture.has_transparency_data:
-        if np.asarray(picture.convert("RGBA").getchannel("A")).min() < 255:
+        if wide or np.asarray(picture.convert("RGBA").getchannel("A")).min() < 255:
             raise StageError(
                 f"{path}: has transparent pixels; put it on a background of your choice first"
             )
         picture = picture.convert("RGBA").convert("RGB")
-    if picture.mode == "F" or picture.mode.startswith("I"):
+    if wide:
         values = np.asarray(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise StageError(
                 f"{path}: expected 8 or 16 bits a value, got {values.dtype} from "
                 f"{values.min():g} to {values.max():g}"
             )
+        deep.append(int(values.max()))
         picture = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
-    pixels = np.asarray(picture.convert("RGB" if section.channels == 3 else "L"))
-    size = (section.image_size, section.image_size)
-    if pixels.shape[:2] != size:
-        raise StageError(f"{path}: expected {size} pixels, got {pixels.shape[:2]}")
-    return pixels.reshape(*size, section.channels).transpose(2, 0, 1)
+    return np.asarray(picture.convert("RGB" if section.channels == 3 else "L"))
 
 
 def told(what: str, paths: list[Path]) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from stages.artifacts import about_of
-from stages.files import fingerprint, source_files, write_text
+from stages.files import fingerprint, source_files, visible, write_text
 from stages.params import Params
 from stages.records import KEPT
 
@@ -26,7 +26,7 @@ def write(params: Params, root: Path, out: Path) -> None:
     records = root / f"artifacts/{params.run}/records"
     imported = import_of(params.run, root)
     about: dict[str, object] = {}
-    for path in sorted(records.rglob("*.safetensors")):
+    for path in visible(records, "*.safetensors"):
         said, name = about_of(path), str(path.relative_to(records))
         hashed = said[KEPT]["sha256"] if KEPT in said else fingerprint(path)
         about[name] = {

@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -24,7 +25,7 @@ from stages.files import (
 from stages.findings import convergence
 from stages.params import INSPECTED, PGD_ATTACKS, SMOOTH, TRAININGS, Params, validate_params
 from stages.provenance import import_of, is_imported
-from stages.records import AttackResult
+from stages.records import AttackResult, check_networks
 from stages.report import found, judged, study
 
 INDEX = "index.json"  # what each file says of itself
@@ -44,75 +45,70 @@ defended = EOTDefense(
 def run(params: Params, out: Path) -> None:
     """Weights and card of every network of the run that was trained; of energies a picture, too.
 
-    What an earlier run has written is replaced. Other files in the folder stay as they are.
+    Those that an earlier run has written are replaced. A network that is not here keeps its card
+    and its files.
     """
-    every = [Paths(params.run, dataset) for dataset in params.datasets]
-    energies = [
-        (paths, phase)
-        for paths in every
-        for phase in INSPECTED
-        if paths.model(f"ebm_{phase}").exists()
-    ]
-    classifiers = [
-        (paths, training)
-        for paths in every
-        for training in TRAININGS
-        if paths.classifier(training).exists()
-    ]
-    if not energies and not classifiers:
-        raise StageError(f"artifacts/{params.run}/models: no networks to publish")
     refuse_foreign(out, INDEX)
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)
-        index, sections = {}, []
-        for paths, phase in energies:
-            sections.append(energy_card(params, paths, phase, fresh, out))
-            index[f"{paths.dataset}_{phase}"] = about_of(paths.model(f"ebm_{phase}"))
-        for paths, training in classifiers:
-            name = f"{paths.dataset}_{classifier_name(training)}"
-            sections.append(classifier_card(params, paths, training, fresh, out))
-            index[name] = about_of(paths.classifier(training))
-        lines = [
-            f"# Networks of run {params.run}",
-            "",
-            "`ConvEnergy` networks (Nijkamp et al. 2019), trained as Algorithm 2 of Hill et al. "
-            "(2021) does. Each purifies images of its own dataset, with the tau it was trained "
-            "with, which the file says. `classifier` is yours, pixels in [0, 1] to logits, or one "
-            "of the Wide ResNets below.",
-            "",
-            f"Recipe: the workflow with {parameters(params)}.",
-            "",
-        ]
-        write_text(fresh / "README.md", "\n".join([*lines, *sections]))
+        index, sections = published_before(out)
+        for dataset in params.datasets:
+            paths = Paths(params.run, dataset)
+            for phase in INSPECTED:
+                if paths.model(f"ebm_{phase}").exists():
+                    name = f"{dataset}_{phase}"
+                    sections[name] = energy_card(params, paths, phase, fresh, out)
+                    index[name] = about_of(paths.model(f"ebm_{phase}"))
+            for training in TRAININGS:
+                if paths.classifier(training).exists():
+                    name = f"{dataset}_{classifier_name(training)}"
+                    sections[name] = classifier_card(params, paths, training, fresh, out)
+                    index[name] = about_of(paths.classifier(training))
+        if not any(fresh.iterdir()):
+            raise StageError(f"artifacts/{params.run}/models: no networks to publish")
+        write_text(fresh / "README.md", head(params) + "\n".join(sections.values()))
         write_text(fresh / INDEX, json.dumps(index, indent=2) + "\n")
         out.mkdir(parents=True, exist_ok=True)
-        for old in written_before(out) - {path.name for path in fresh.iterdir()}:
-            (out / old).unlink(missing_ok=True)
         for path in fresh.iterdir():
             with Whole(out / path.name) as partial:
                 shutil.copyfile(path, partial)
     say(f"publish: {out} ({readable(out)})")
 
 
-def written_before(out: Path) -> set[str]:
-    """The files that the last `publish` left in a folder, by its index; none without an index."""
-    try:
-        names = json.loads((out / INDEX).read_text())
-    except (OSError, ValueError):
-        return set()
-    return {f"{Path(name).name}.{kind}" for name in names for kind in ("safetensors", "png")}
+def published_before(out: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The index of the last `publish` into a folder, and the sections of its card, by network."""
+    if not (out / INDEX).exists():
+        return {}, {}
+    index: dict[str, Any] = json.loads((out / INDEX).read_text())
+    parts = (out / "README.md").read_text().split("\n## ")[1:]
+    sections = {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
+    return index, {name: sections[name] for name in index if name in sections}
+
+
+def head(params: Params) -> str:
+    """What the card begins with."""
+    return (
+        f"# Networks of run {params.run}\n\n"
+        "`ConvEnergy` networks (Nijkamp et al. 2019), trained as Algorithm 2 of Hill et al. (2021) "
+        "does. Each purifies images of its own dataset, with the tau that it was trained with and "
+        "its file says. `classifier` is yours, pixels in [0, 1] to logits, or one of the Wide "
+        f"ResNets below.\n\nRecipe: the workflow with the parameters {parameters(params)}.\n\n"
+    )
 
 
 def parameters(params: Params) -> str:
-    """Where the numbers of the experiment are."""
-    where = f"the parameters in reports/{params.run}/params.yaml"
-    if not Path(f"reports/{params.run}").exists():  # nothing was reported yet
-        where = f"the parameters of run {params.run} of that day"
+    """Where the numbers of the training are."""
+
+    def training(p: Params) -> object:
+        others = {"judged_on", "source", "path"}
+        data = {name: section.model_dump(exclude=others) for name, section in p.data.items()}
+        return p.seed, p.datasets, data, p.classifier, p.energy, p.ebm
+
     if params.run in presets.names():
-        preset = yaml.safe_load(presets.text(params.run))
-        if validate_params(preset, Path(params.run)).model_dump() == params.model_dump():
-            return f"{where}, those of `stochsec preset {params.run}`"
-    return where
+        preset = validate_params(yaml.safe_load(presets.text(params.run)), Path(params.run))
+        if training(preset) == training(params):
+            return f"of `stochsec preset {params.run}`"
+    return f"in reports/{params.run}/params.yaml"
 
 
 def made_by(weights: Path, params: Params) -> str:
@@ -150,6 +146,7 @@ def classifier_card(params: Params, paths: Paths, training: str, out: Path, show
     attack = {training: name for name, training in PGD_ATTACKS.items()}[training]
     attacked = judged(paths.record(attack), params, attack)
     if attacked is not None:
+        check_networks(paths.record(attack), attacked.about, weights.parent)
         right = rows.accuracies(attacked, params.evaluate.draws)
         facts["natural images"] = with_conditions(right["natural"], attacked)
         facts["PGD"] = with_conditions(right["adversarial"], attacked)
@@ -186,6 +183,8 @@ def energy_card(params: Params, paths: Paths, phase: str, out: Path, shown: Path
     inspected = study(params, paths, "inspect", phase)
     picture = ""
     if inspected is not None:
+        path = paths.record(f"inspect_{phase}")
+        check_networks(path, about_of(path), weights.parent)
         facts["long chains"] = verdict = convergence(inspected)
         history = rows.training(paths, phase)
         page = pictures.energy_page(history, inspected, params.langevin.K, f"{name}: {verdict}")
@@ -241,6 +240,8 @@ def defended(params: Params, paths: Paths, phase: str) -> dict[str, str]:
     else:
         places = {}
     results = found(judged(path, params, name) for name, path in places.items())
+    for result, path in zip(results, (p for p in places.values() if p.exists()), strict=True):
+        check_networks(path, result.about, paths.model("ebm").parent)
     said: dict[str, str] = {}
     for result in results:
         attack = result.about["attack"]

@@ -116,7 +116,10 @@ class AttackResult:
             )
         places = {place: i for i, place in enumerate(self.images.index.tolist())}
         rows = torch.tensor([places.get(place, -1) for place in data.index.tolist()])
-        there = bool((rows >= 0).all()) and self.images.images[rows].equal(data.images)
+        there = bool((rows >= 0).all()) and all(
+            getattr(self.images, name)[rows].equal(getattr(data, name))
+            for name in ("images", "labels")
+        )
         if self.about.get("attack") != "pgd" or not there:
             raise StageError(f"{path}: expected a record of attack pgd on the same test images")
         for name, value in conditions.items():
@@ -125,7 +128,7 @@ class AttackResult:
                     f"{path}: its images were made with {name} = {self.about.get(name)}, and "
                     f"params.yaml says {value}; run `stochsec attack DATASET pgd` again"
                 )
-        if self.about["files"]["classifier"] != fingerprint(classifier):
+        if made_of(self.about).get("classifier") != fingerprint(classifier):
             raise StageError(
                 f"{path}: its images were made for another classifier than {classifier}; run "
                 f"`stochsec attack DATASET pgd --classifier {classifier} --out MINE.safetensors`, "
@@ -140,6 +143,13 @@ class AttackResult:
         def joined(kind: type, values: list[Any]) -> Any:
             return kind(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(kind)))
 
+        replicas = {part.record.clean_classes.shape[1] for part in parts}
+        if len(replicas) > 1:
+            raise StageError(
+                f"classifier: answered at random in some shards and not in others ({replicas} "
+                "replicas); a defense that draws its answer is judged from Python: "
+                "defense.Replicated"
+            )
         images = joined(Images, [part.images for part in parts])
         record = joined(AttackRecord, [part.record for part in parts])
         return cls(images, record, together([part.about for part in parts]))

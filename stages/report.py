@@ -12,7 +12,7 @@ from stages import StageError, figures, page, pictures, provenance, rows, style,
 from stages.artifacts import about_of, load_tensors
 from stages.captions import CAPTIONS
 from stages.console import say
-from stages.files import KEPT_RECORDS, NETWORK_TIMES, Paths, WholeFolder, write_text
+from stages.files import KEPT_RECORDS, NETWORK_TIMES, Paths, WholeFolder, visible, write_text
 from stages.findings import (
     active_test,
     against_all,
@@ -56,7 +56,7 @@ def write(params: Params, out: Path, root: Path) -> None:
     compared_paths = Paths(params.run, params.compare_dataset, root)
     for dataset in params.datasets:
         folder = Paths(params.run, dataset, root).record("pgd").parent
-        check_together({path: about_of(path) for path in sorted(folder.rglob("*.safetensors"))})
+        check_together({path: about_of(path) for path in visible(folder, "*.safetensors")})
     results = found(
         judged(Paths(params.run, dataset, root).record(attack), params, attack)
         for dataset in params.datasets

@@ -39,6 +39,8 @@ def pack(params: Params, hardware: Hardware, out: Path) -> None:
         say(f"export: {large} ({readable(large)}) is too large to travel and stays here")
     if not any(path.is_relative_to(root / "records") for path in files):
         raise StageError(f"{root / 'records'}: no records to export")
+    if out.exists() and not zipfile.is_zipfile(out):
+        raise StageError(f"{out}: is there and no .zip file, so it is not replaced")
     contents = {str(path.relative_to(root)): path.read_bytes() for path in files}
     contents[PARAMS] = as_yaml(params).encode()
     manifest = {
@@ -149,7 +151,7 @@ def extract(path: Path, root: Path) -> dict[str, Any]:
 
 def belongs(name: PurePosixPath) -> bool:
     """Whether `pack` packs a file of that name."""
-    if name.is_absolute() or ".." in name.parts:
+    if name.is_absolute() or any(part.startswith(".") for part in name.parts):
         return False
     if name.parts[0] == "records":
         return name.suffix in (".safetensors", ".csv")

@@ -103,6 +103,8 @@ class Scratch:
         if self.root is self and self.hardware.checkpoint:
             if not self.afresh:
                 self._unpack(self.hardware.checkpoint)
+            elif self.hardware.checkpoint.exists() and not is_checkpoint(self.hardware.checkpoint):
+                raise StageError(f"{self.hardware.checkpoint}: not a checkpoint file; {REMEDY}")
             self._pack()  # a place that cannot be written to is said now
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -254,6 +256,15 @@ class Scratch:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._lock.release()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is one that a `Scratch` travels in."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return MANIFEST in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 REMEDY = "delete it, or name another file"

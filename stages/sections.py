@@ -40,7 +40,7 @@ class Schedule(Section):
 class ClassifierTraining(Schedule):
     """SGD; the fields of `defense.ClassifierTrainConfig`."""
 
-    batch: Count
+    batch: Annotated[int, Field(ge=2, strict=True)]
     momentum: Fraction
     weight_decay: NotNegative
     crop: CountOrNone
@@ -71,7 +71,7 @@ class Dataset(Section):
     image_size: Annotated[int, Field(ge=4)]
     channels: Literal[1, 3]
     classes: Annotated[int, Field(ge=2)]
-    train_images: Count | None
+    train_images: Annotated[int, Field(ge=2, strict=True)] | None
     test_images: Count | None
     held_out: CountOrNone
     judged_on: Literal["test", "held_out"]

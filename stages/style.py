@@ -34,7 +34,7 @@ CURVES = {
     "transfer": ("PGD images of the bare classifier", ORANGE, "s"),
     "bpda_eot": ("BPDA+EOT", GREEN, "^"),
 }
-TITLES = {"convergent": "convergent (Adam, then SGD)", "nonconvergent": "non-convergent (Adam)"}
+TITLES = {"convergent": "convergent learning", "nonconvergent": "non-convergent learning"}
 
 
 def draw(figure: Figure, out: Path, name: str) -> None:

@@ -49,7 +49,8 @@ def summary_table(
     paper = published[published.system == "Hill et al. 2021"].set_index("table")
     first, second = (paper.loc[table].to_dict() for table in ("1", "2"))
     madry = published[(published.system == MADRY) & (published.table == "2")].iloc[0]
-    trained = "adversarially trained classifier (Madry et al.)"
+    by = dict.fromkeys(_trained(params, dataset) for dataset in params.datasets)
+    trained = f"adversarially trained classifier ({'; '.join(by)})"
 
     def cells(attack: str, metric: str) -> list[str]:
         return [cell(rows, dataset, attack, metric) for dataset in params.datasets]
@@ -151,7 +152,7 @@ def _whitebox_table(
     for dataset in measured_datasets(params, table):
         for name, training, transformation, attack, record in (
             ("Ours", "Natural", "Langevin", "BPDA+EOT", "bpda_eot"),
-            (f"{MADRY}, ours", "Adversarial", EMPTY, "PGD", "pgd_adversarial"),
+            (f"{_trained(params, dataset)}, ours", "Adversarial", EMPTY, "PGD", "pgd_adversarial"),
         ):
             cells = [cell(rows, dataset, record, m) for m in ("natural", "adversarial")]
             source = "measured" if any(text != NOT_RUN for text in cells) else NOT_RUN
@@ -160,8 +161,8 @@ def _whitebox_table(
     ours = (
         f"Ours: Algorithm 1 with {_threat(params)}; K={langevin.K}, N={size.steps}, "
         f"{size.restarts} start(s), H_adv={langevin.H_adv}, H_def={langevin.H_def}"
-        f"{_early(params)}. {MADRY}, ours: the same network, trained by this workflow on l_inf PGD "
-        "images "
+        f"{_early(params)}. Adversarial, ours: the same network, trained by this workflow on "
+        "l_inf PGD images "
         f"({_baseline(params, table)}); attacked by PGD with N={pgd.steps}, {pgd.restarts} "
         "start(s). Measured cells: accuracy [95 % Wilson interval] n."
     )
@@ -172,6 +173,13 @@ def _whitebox_table(
     )
     names = ["Defense", "Dataset", "f(x) train ims.", "T(x)", "Attack", "Source", "Nat.", "Adv."]
     return pd.DataFrame(lines, columns=names), caption
+
+
+def _trained(params: Params, dataset: str) -> str:
+    """Whose adversarial training that of a dataset is."""
+    own = params.data.get(dataset)
+    fast = own is not None and own.adversarial.steps == 1
+    return "FGSM, Wong et al. 2020" if fast else MADRY
 
 
 def _baseline(params: Params, table: int) -> str:

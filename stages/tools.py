@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages import FAILED, StageError, presets
+from stages import StageError, presets
 from stages.console import say
 from stages.files import NETWORK_TIMES, Paths, write_text
 from stages.options import (
@@ -191,18 +191,15 @@ def preset(
     ] = False,
 ) -> None:
     """Write params.yaml for a preset; its comments name the source of each number."""
-    try:
+    with mendable():
         if name is None and values:
             raise StageError("set: expected the name of a preset before --set")
         if name is None:
             say("presets: " + ", ".join(presets.names()))
-        else:
-            text = presets.text(name, values or ())
-            if not force and params_file.exists():
-                presets.refuse_to_lose(params_file)
-            write_text(params_file, text)
-            own = f" with {', '.join(values)}" if values else ""
-            say(f"{params_file} is now preset {name}{own}; `dvc repro` runs it")
-    except StageError as error:
-        say(f"error: {error}")
-        raise typer.Exit(FAILED) from None
+            return
+        text = presets.text(name, values or ())
+        if not force and params_file.exists():
+            presets.refuse_to_lose(params_file)
+        write_text(params_file, text)
+        own = f" with {', '.join(values)}" if values else ""
+        say(f"{params_file} is now preset {name}{own}; `dvc repro` runs it")

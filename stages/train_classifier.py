@@ -48,6 +48,8 @@ def run(
     trainer = make_trainer(params, dataset, training, hardware, images)
     classifier, config = trainer.classifier, trainer.config
     name = f"classifier {dataset}" + (" adversarial" if trainer.adversary else "")
+    where = "adversarial" if trainer.adversary else "classifier"
+    remedy = f"the training has diverged; lower data.{dataset}.{where}.learning_rate"
     looked_at = "held_out" if section.held_out else "test"
     seen = load_images(images, looked_at, section)
     seen_images, seen_labels = from_bytes(seen.images).to(device), seen.labels.to(device)
@@ -55,6 +57,8 @@ def run(
     def accuracy() -> float:
         classifier.eval()
         logits = classify(classifier, seen_images, batch=1000)
+        if not torch.isfinite(logits).all():
+            raise StageError(f"{name}: its logits are no numbers: {remedy}")
         return float((logits.argmax(1) == seen_labels).float().mean())
 
     def key(p: Params) -> object:
@@ -77,9 +81,7 @@ def run(
             def refuse_divergence(loss: float) -> None:
                 if not math.isfinite(loss):
                     raise StageError(
-                        f"{name}: the loss is not a number in epoch {len(rows) + 1}; lower "
-                        f"data.{dataset}.{'adversarial' if trainer.adversary else 'classifier'}"
-                        ".learning_rate"
+                        f"{name}: the loss is not a number in epoch {len(rows) + 1}: {remedy}"
                     )
 
             def on_batch() -> None:
@@ -99,7 +101,9 @@ def run(
         write_csv(history, ("epoch", "loss", f"{looked_at}_accuracy"), rows)
         save_weights(out, freeze(classifier))
         scratch.done()
-    say(f"{name}: {looked_at} accuracy {rows[-1][2]:.4f} (n={len(seen_labels)})")
+    said = f"{name}: {looked_at} accuracy {rows[-1][2]:.4f} (n={len(seen_labels)})"
+    poor = rows[-1][2] < 1.5 / section.classes
+    say(f"FLAG: {said}, hardly better than chance: {remedy}, or train longer" if poor else said)
 
 
 def make_trainer(

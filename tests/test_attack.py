@@ -25,7 +25,7 @@ from defense.eot import EOTDefense
 from defense.langevin import LangevinConfig
 from defense.losses import margin
 from defense.threat import ThreatModel
-from defense.verdict import scores
+from defense.verdict import CALLS, scores
 
 GRAY, ALPHA = 0.5, 2 / 255
 
@@ -443,7 +443,112 @@ def test_a_module_that_always_says_the_same_is_asked_once(brightness, attack) ->
     target = brightness(level(50))
     record = attack(brightness(level(50)), target, gray(0, 0, 0), config(1, replicas=60))
     assert record.clean_classes.shape == (3, 1)
-    assert target.batch_sizes == [3] * 7, "five tries, the clean images, the final draw"
+    tries = [3] * (CALLS + 2) + [1]  # of the first images, of all, of one alone
+    assert target.batch_sizes == [*tries, 3, 3], "then the clean images and the final draw"
+
+
+class Own(nn.Module):
+    """Logits (B,2) of which the second is given by a function of the images."""
+
+    def __init__(self, second) -> None:
+        super().__init__()
+        self.second = second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([0 * x.flatten(1)[:, 0], self.second(x)], 1)
+
+
+def test_a_masked_class_or_a_constant_hides_no_randomness(attack) -> None:
+    class Masked(Coin):
+        def forward(self, x: Tensor) -> Tensor:
+            z = super().forward(x)
+            return torch.cat([z + 1e4, torch.full((len(x), 1), -1e9)], 1)
+
+    torch.manual_seed(0)
+    record = attack(Coin(0.8), Masked(0.8), gray(0, 0, 0), config(1, replicas=60))
+    assert record.clean_classes.shape == (3, 60)
+
+
+def test_randomness_of_later_images_is_found(attack) -> None:
+    def second(x: Tensor) -> Tensor:
+        return torch.where(x.mean((1, 2, 3)) > level(50), torch.rand(len(x)) - 0.5, -1.0)
+
+    x = gray(*[0.0] * 9, 60.0)
+    record = attack(Own(second), Own(second), x, config(0, replicas=20))
+    assert record.clean_classes.shape == (10, 20)
+
+
+def test_a_target_that_looks_at_the_batch_is_refused(attack, brightness) -> None:
+    target = Own(lambda x: 9 * (x.mean((1, 2, 3)) - x.mean()) - 1)
+    with pytest.raises(ValueError, match="target: its answer to an image depends on the other"):
+        attack(brightness(level(5)), target, gray(0, 3), config(1, replicas=60))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_target_without_numbers_is_never_right(attack, brightness, value: float) -> None:
+    target = Own(lambda x: torch.where(x.mean((1, 2, 3)) > level(5), value, -1.0))
+    record = attack(brightness(level(9)), target, gray(0, 20), config(1, replicas=60))
+    assert record.clean_correct(labels(2)).tolist() == [True, False]
+
+
+def test_replicas_of_another_shape_are_named(attack, brightness) -> None:
+    for spoil, got in (
+        (lambda z: z.transpose(0, 1), r"got \(2, 8, 2\)"),
+        (lambda z: z[:2], r"got \(2, 2, 2\)"),
+        (lambda z: z.mean(0), "got torch.Size"),
+        (lambda z: z.tolist(), "got list"),
+    ):
+        odd = Drawn(-0.5)
+        odd.replica_logits = lambda x, spoil=spoil, **o: spoil(Drawn(-0.5).replica_logits(x, **o))
+        with pytest.raises(ValueError, match=f"replica_logits: expected .*{got}"):
+            attack(brightness(level(9)), odd, gray(0, 0), config(1))
+
+
+def test_a_defense_that_states_no_number_is_asked_for_that_of_the_attack(attack, brightness):
+    class Stateless:
+        def replica_logits(self, x: Tensor, *, replicas: int, generator=None) -> Tensor:
+            return Drawn(-0.5).replica_logits(x, replicas=replicas)
+
+    record = attack(brightness(level(9)), Stateless(), gray(0, 0), config(1, replicas=6))
+    assert record.clean_classes.shape == (2, 6)
+
+
+def test_a_function_is_no_model(attack, brightness) -> None:
+    network = brightness(level(9))
+    for pair, name in (((network, network.forward), "target"), ((lambda x: x, network), "surrog")):
+        with pytest.raises(ValueError, match=f"{name}.*: expected an nn.Module"):
+            attack(*pair, gray(0, 0), config(1))
+
+
+def test_labels_beyond_the_classes_are_named_with_early_verdicts_too(attack) -> None:
+    settings = config(1, early_verdicts=True)
+    with pytest.raises(ValueError, match="labels: expected 0 to 1"):
+        attack(Drawn(-0.5), Drawn(-0.5), gray(0, 0), settings, torch.tensor([0, 2]))
+
+
+def test_a_model_without_gradients_is_named(attack, brightness) -> None:
+    detached = Own(lambda x: x.detach().mean((1, 2, 3)))
+    detached.forward = lambda x: torch.zeros(len(x), 2)
+    with pytest.raises(ValueError, match="surrogate: its logits have no gradient"):
+        attack(detached, brightness(level(9)), gray(0, 0), config(1))
+
+
+def test_dropout_that_was_kept_on_is_said_to_be_switched_off(attack, brightness) -> None:
+    target = nn.Sequential(nn.Dropout(0.5), brightness(level(9))).eval()
+    target[0].train()
+    with pytest.warns(UserWarning, match="Dropout in training mode inside a network in evaluation"):
+        attack(brightness(level(9)), target, gray(0, 0), config(1))
+    assert target[0].training
+
+
+def test_transferred_images_are_those_of_the_images(brightness) -> None:
+    x = gray(0, 30)
+    for x_adv, message in (
+        (x.flip(0), "x_adv: expected images within"),
+        (x[:1], r"x_adv: expected \(2, 1, 2, 2\) as x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_transfer(brightness(level(9)), x, x_adv, labels(2), config(1, eps=8.0))
 
 
 def test_two_defenses_of_one_seed_are_refused(tiny_classifier, tiny_energy, images, seeded) -> None:
@@ -458,6 +563,8 @@ def test_two_defenses_of_one_seed_are_refused(tiny_classifier, tiny_energy, imag
     with pytest.raises(ValueError, match=r"seed: expected noise of their own .* got 3 twice"):
         run(defense(3), defense(3))
     one = defense(3)
+    with pytest.raises(ValueError, match="seed: expected noise of their own"):
+        run(nn.Sequential(nn.Identity(), defense(3)), defense(3))
     for pair in ((defense(3), defense(4)), (defense(None), defense(None)), (one, one)):
         run(*pair)
     unseeded = defense(None)

@@ -1,5 +1,6 @@
 """What an edit makes DVC run again, and what it does not."""
 
+import ast
 import shutil
 import tokenize
 from pathlib import Path
@@ -150,6 +151,14 @@ def test_data_that_a_module_reads_changes_the_report(edited, data) -> None:
     changed = edited(data, text[:9], f"{text[:9]} ")
     assert "report" in changed
     assert not (TRAINING | {"attack", "compare"}) & changed
+
+
+def test_what_a_package_does_when_it_is_imported_is_seen(edited) -> None:
+    """`defense` only hands on names; what `stages` holds is in the code of every stage."""
+    assert {"attack", "report"} <= edited("stages/__init__.py", "TIME_IS_UP = 75", "TIME_IS_UP = 7")
+    _, *body = ast.parse((ROOT / "defense/__init__.py").read_text()).body
+    assert all(isinstance(node, ast.ImportFrom | ast.Assign) for node in body)
+    assert [ast.unparse(n.targets[0]) for n in body if isinstance(n, ast.Assign)] == ["__all__"]
 
 
 def test_other_peoples_modules_are_not_ours(edited, tmp_path) -> None:

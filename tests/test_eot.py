@@ -308,7 +308,7 @@ def test_predictions_need_no_graph(make_defense, images, mode) -> None:
 
 
 def test_bad_arguments_are_said(make_defense, images) -> None:
-    with pytest.raises(ValueError, match="replicas: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match="replicas: expected a whole number >= 1, got 0"):
         make_defense(replicas=0)
     with pytest.raises(ValueError, match="max_chains: expected >= 1, got 0"):
         make_defense(replicas=1, max_chains=0)

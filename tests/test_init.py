@@ -52,7 +52,12 @@ def test_a_wheel_lays_out_an_experiment_that_dvc_runs(installed: Path, tmp_path:
     assert made.returncode == 0, made.stdout + made.stderr
     assert (folder / "artifacts/tiny/models/digits/classifier.safetensors").exists()
     again = run(folder, "dvc", "repro", "train_classifier", **here)
-    assert "Running" not in again.stdout
+    ran = [line for line in again.stdout.splitlines() if line.startswith("Running stage")]
+    assert ran == ["Running stage 'code':"], "it looks whether the packages are others now"
+    graph = yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]
+    deps = {dep for stage in graph.values() for dep in stage.get("deps", [])}
+    lacking = {d for d in deps if not d.startswith("artifacts/") and not (folder / d).exists()}
+    assert not lacking
 
 
 def test_nothing_is_laid_out_over_something(tmp_path: Path, monkeypatch) -> None:

@@ -6,12 +6,14 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stages.artifacts import load_tensors, save_tensors
 from stages.files import Paths, Whole
 from tests.tiny import command, tiny_params
 
@@ -109,7 +111,7 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     path = PATHS.classifier()
     with_nan = {name: value * torch.nan for name, value in load_file(path).items()}
     save_file(with_nan, "nan.safetensors")
-    assert "its logits are no numbers" in fails("attack digits pgd --classifier nan.safetensors")
+    assert "its weights are no numbers" in fails("attack digits pgd --classifier nan.safetensors")
 
 
 def test_images_that_were_made_for_another_classifier_are_not_transferred() -> None:
@@ -167,3 +169,101 @@ def test_files_have_the_mode_of_the_umask() -> None:
 def test_where_there_are_no_file_locks_of_posix_stages_run(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "fcntl", None)
     assert command("train-classifier digits --out mine.safetensors").exit_code == 0
+
+
+def test_an_energy_of_another_tau_is_refused() -> None:
+    values = tiny_params()
+    values["data"]["digits"]["tau"] = 0.09
+    Path("other.yaml").write_text(yaml.safe_dump(values))
+    said = fails("attack digits bpda_eot --params other.yaml --out out.safetensors")
+    assert "was trained with tau 0.08, and data.digits.tau is 0.09" in said
+
+
+@pytest.mark.parametrize("words", ["attack digits bpda_eot", "compare digits", "sweep digits"])
+def test_an_energy_that_diverged_is_refused(words: str) -> None:
+    path = PATHS.model("ebm_convergent")
+    save_file({name: value * torch.nan for name, value in load_file(path).items()}, path)
+    assert "its training has diverged" in fails(f"{words} --out out.safetensors")
+
+
+def test_a_last_update_that_diverges_is_an_error() -> None:
+    values = tiny_params()
+    values["data"]["digits"]["classifier"] |= {"batch": 5000, "learning_rate": 1e30, "epochs": 1}
+    Path("wild.yaml").write_text(yaml.safe_dump(values))
+    said = fails("train-classifier digits --params wild.yaml --out wild.safetensors")
+    assert "the training has diverged; lower data.digits.classifier.learning_rate" in said
+    assert not Path("wild.safetensors").exists()
+
+
+def test_files_that_are_not_ours_are_not_replaced() -> None:
+    notes, weights = Path("notes.txt"), Path("mine.safetensors")
+    notes.write_text("precious")
+    shutil.copy(PATHS.classifier(), weights)
+    content = weights.read_bytes()
+    assert "not a checkpoint file" in fails(
+        f"attack digits pgd --no-resume --checkpoint {notes} --out out.safetensors"
+    )
+    assert "holds a network" in fails(f"attack digits pgd --classifier {weights} --out {weights}")
+    assert "no .zip file" in fails(f"export {notes}")
+    assert "another ending than .csv" in fails("train-classifier digits --out weights.csv")
+    os.mkfifo("pipe")
+    assert "expected a file or nothing" in fails("check-params --out pipe")
+    assert notes.read_text() == "precious"
+    assert weights.read_bytes() == content
+
+
+def test_images_made_by_another_attack_are_not_transferred() -> None:
+    for key, value in (("steps", 9), ("restarts", 2)):
+        values = tiny_params()
+        values["attack"]["pgd"][key] = value
+        Path("other.yaml").write_text(yaml.safe_dump(values))
+        said = fails("attack digits transfer_K --params other.yaml --out out.safetensors")
+        assert f"its images were made with {key} =" in said
+
+
+def test_images_with_other_labels_are_not_transferred() -> None:
+    with np.load(PATHS.images) as arrays:
+        contents = dict(arrays)
+    contents["test_labels"] = (contents["test_labels"] + 1) % 10
+    np.savez(PATHS.images, **contents)
+    assert "expected a record of attack pgd on the same" in fails(
+        "attack digits transfer_K --out out.safetensors"
+    )
+
+
+def test_an_image_file_of_floating_pixels_is_refused() -> None:
+    with np.load(PATHS.images) as arrays:
+        contents = dict(arrays)
+    contents["test_images"] = contents["test_images"].astype(np.float32) / 255
+    np.savez("mine.npz", **contents)
+    said = fails("attack digits pgd --images mine.npz --out out.safetensors")
+    assert "expected images uint8" in said
+
+
+def test_records_of_different_networks_make_no_report() -> None:
+    other = Paths("tiny", "digits").own("other.safetensors")
+    nets = f"--energy {PATHS.model('ebm_smooth_convergent')}"
+    assert command(f"attack digits bpda_eot {nets} --out {other}").exit_code == 0
+    tensors, about = load_tensors(other)
+    about["energy"] = "convergent"
+    save_tensors(PATHS.record("bpda_eot"), tensors, about)
+    assert "was made of another ebm_convergent than" in fails("report")
+
+
+def test_studies_of_other_images_make_no_report() -> None:
+    path = PATHS.record("compare")
+    tensors, about = load_tensors(path)
+    save_tensors(path, tensors, about | {"judged_on": "held_out"})
+    assert "expected judged_on = test as in params.yaml, got held_out" in fails("report")
+
+
+def test_a_preset_that_cannot_be_written_is_one_line() -> None:
+    assert "error: " in fails("preset digits --params params.yaml/x")
+
+
+def test_what_a_killed_run_left_goes() -> None:
+    left = PATHS.evaluation("convergent").with_name(".evaluate_convergent.123456789.partial")
+    shutil.copytree(PATHS.evaluation("convergent"), left)
+    assert command("report").exit_code == 0
+    assert command("evaluate digits").exit_code == 0
+    assert not left.exists()

@@ -1,5 +1,7 @@
 """Own images: what is read is what was there, and what is wrong is one line."""
 
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import Result
 
 from stages.artifacts import Images, load_images
@@ -79,7 +82,7 @@ def prepared(folder: Path, pixels: np.ndarray[Any, Any], labels: np.ndarray[Any,
         np.savez(folder / f"{split}.npz", images=pixels, labels=labels)
     path = own_params(folder, "npz")
     values = yaml.safe_load(path.read_text())
-    values["data"]["own"] |= {"held_out": 3, "judged_on": "held_out"}
+    values["data"]["own"] |= {"held_out": 3}
     path.write_text(yaml.safe_dump(values))
     result = command(f"prepare-data own --params {path} --out {folder}/out.npz")
     assert result.exit_code == 0, result.output
@@ -142,7 +145,7 @@ def test_files_are_read_by_content_and_the_others_are_named(tmp_path: Path) -> N
     said = " ".join(result.output.split())
     assert result.exit_code == 0, said
     assert "own train: 10 of 10 images" in said
-    assert f"files that are no images, left out: 1: {folder}/notes.txt" in said.replace("/ ", "/")
+    assert f"in no class folder, left out: 1: {folder}/notes.txt" in said.replace("/ ", "/")
     train = load_images(tmp_path / "out.npz", "train", SECTION)
     with Image.open(folder / "0.png") as image:
         expected = np.asarray(image).transpose(2, 0, 1)
@@ -291,3 +294,71 @@ def test_images_of_another_dataset_are_one_line(tmp_path: Path) -> None:
     assert "expected images of (channels, height, width) = (1, 8, 8), got (3, 8, 8)" in " ".join(
         result.output.split()
     )
+
+
+def test_files_that_are_hidden_loose_or_linked_are_read_or_named(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    cats = tmp_path / "train/cat"
+    more = tmp_path / "more"
+    more.mkdir()
+    (cats / "0.png").rename(more / "0.png")
+    (cats / "linked").symlink_to(more)
+    (cats / "linked again").symlink_to(cats)  # a loop
+    (cats / ".ipynb_checkpoints").mkdir()
+    for place in (cats / ".ipynb_checkpoints/1.png", tmp_path / "train/loose.png"):
+        place.write_bytes((cats / "1.png").read_bytes())
+    os.mkfifo(cats / "pipe")
+    result = prepare(tmp_path, "folder")
+    said = " ".join(result.output.split()).replace("/ ", "/")
+    assert result.exit_code == 0, said
+    assert "own train: 6 of 6 images" in said
+    assert "left out: 3: " in said
+    for name in ("1.png", "loose.png", "pipe"):
+        assert name in said
+    (cats / "broken.png").symlink_to("nowhere")
+    assert "broken.png: cannot be read as an image" in " ".join(
+        prepare(tmp_path, "folder").output.split()
+    ).replace("/ ", "/")
+
+
+def damaged(path: Path, kind: str) -> None:
+    """A PNG that Pillow does not take."""
+    image = Image.new("RGB", (8, 8))
+    if kind == "text":
+        text = PngInfo()
+        text.add_text("much", "x" * 3_000_000, zip=True)
+        image.save(path, pnginfo=text)
+    else:
+        image.save(path)
+        data = bytearray(path.read_bytes())
+        data[16:24] = (60000).to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["text", "size"])
+def test_a_hostile_picture_is_one_line(tmp_path: Path, kind: str) -> None:
+    make_folders(tmp_path)
+    damaged(tmp_path / "train/cat/0.png", kind)
+    result = prepare(tmp_path, "folder")
+    assert result.exit_code == 2
+    assert "0.png: cannot be read as an image" in " ".join(result.output.split()).replace("/ ", "/")
+
+
+@pytest.mark.parametrize("largest", [255, 4095])
+def test_16_bit_files_with_fewer_bits_are_not_taken_for_dark(tmp_path: Path, largest: int) -> None:
+    make_folders(tmp_path)
+    values = np.linspace(0, largest, 64).astype(np.uint16).reshape(8, 8)
+    for path in tmp_path.rglob("*.png"):
+        Image.fromarray(values).save(path)
+    result = prepare(tmp_path, "folder")
+    assert result.exit_code == 2
+    assert f"is {largest}, so they hold fewer bits" in " ".join(result.output.split())
+
+
+def test_a_class_without_images_is_said(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=pixels, labels=np.zeros(4, np.int64))
+    said = " ".join(prepare(tmp_path, "npz").output.split()).replace("/ ", "/")
+    assert "train.npz: has no images of class 1" in said

@@ -444,12 +444,24 @@ def test_a_new_card_leaves_what_it_did_not_write(experiment: Path, packed: Path)
     shutil.copytree(experiment / "pretrained/tiny", "mine")
     Path("mine/notes.txt").write_text("mine")
     PATHS.model("ebm_smooth_convergent").unlink()
+    before = {path.name: path.read_bytes() for path in Path("mine").iterdir()}
     params = experiment / "params.yaml"
     assert command(f"publish --params {params} --out mine").exit_code == 0
-    names = {path.name for path in Path("mine").iterdir()}
-    assert "notes.txt" in names
-    assert "digits_convergent.safetensors" in names
-    assert not any("smooth" in name for name in names), "an energy that is no longer there"
+    after = {path.name: path.read_bytes() for path in Path("mine").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["index.json"] == before["index.json"]
+    for name in ("notes.txt", "digits_smooth_convergent.safetensors"):
+        assert after[name] == before[name]
+    section = before["README.md"].split(b"\n## digits_smooth_convergent\n")[1].split(b"\n## ")[0]
+    assert section in after["README.md"], "the card of a network that is not here"
+
+
+def test_a_card_has_no_numbers_of_another_network(experiment: Path) -> None:
+    shutil.copytree(experiment / "artifacts", "artifacts")
+    shutil.copyfile(PATHS.model("ebm_nonconvergent"), PATHS.model("ebm_convergent"))
+    result = command(f"publish --params {experiment}/params.yaml")
+    assert result.exit_code == 2
+    assert "was not made with the network ebm_convergent.safetensors beside it" in result.output
 
 
 def test_published_classifiers_load_in_one_line(experiment: Path) -> None:
