@@ -84,7 +84,11 @@ def test_stages_that_commands_name_are_in_the_graph() -> None:
     assert {name for names in named for name in names.split()} <= stages
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README + EVALUATION, re.S))
 def test_code_runs(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    assert f"LangevinConfig({load_params(ROOT / 'params.yaml').langevin.K}, tau)" in code
+
+
+def test_the_readme_secures_with_the_chains_that_were_measured() -> None:
+    K = load_params(ROOT / "params.yaml").langevin.K  # noqa: N806
+    assert f"LangevinConfig({K}, tau)" in README
