@@ -176,7 +176,7 @@ def two_models(compared: dict[str, Tensor]) -> Figure:
 
 
 LINES = ("-", "--", ":", "-.")  # one a separation
-PHASE_TITLES = {"adam": "phase 1", "convergent": "convergent", "nonconvergent": "or not"}
+PHASE_TITLES = {"adam": "phase 1", "convergent": "convergent", "nonconvergent": "non-convergent"}
 
 
 def over_training(seen: dict[str, Tensor], long_steps: int) -> Figure:

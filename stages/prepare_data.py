@@ -216,14 +216,13 @@ def everything(root: Path) -> list[Path]:
 
     Links are followed; one that leads nowhere is there, too.
     """
-    found, seen = list[Path](), set[Path]()
+    found = list[Path]()
     for folder, inner, names in os.walk(root, followlinks=True):
-        here = Path(folder).resolve()
-        if here in seen:  # a link to a folder that it lies in
-            inner.clear()
-            continue
-        seen.add(here)
-        found += [Path(folder, name) for name in names]
+        here = Path(folder)
+        if any(parent.resolve() == here.resolve() for parent in here.parents):
+            inner.clear()  # a link to a folder that it lies in
+        else:
+            found += [here / name for name in names]
     return sorted(found)
 
 
