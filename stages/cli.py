@@ -225,7 +225,7 @@ def _limits(subset: str | None) -> tuple[int, int] | None:
     if subset is None:
         return None
     start, _, stop = subset.partition(":")
-    if not (start.isdecimal() and stop.isdecimal()):
+    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
         raise StageError(f"subset: expected START:STOP with START < STOP, got {subset!r}")
     return int(start), int(stop)
 

@@ -14,7 +14,7 @@ from defense.pixels import from_bytes
 from defense.rng import make_generator
 from defense.threat import ThreatModel
 from stages import StageError, diagnose, fid, figures, findings, pictures, rows, train_ebm
-from stages.artifacts import about_of, load_images, load_state, load_tensors
+from stages.artifacts import about_of, load_images, load_state, load_tensors, save_tensors
 from stages.classifiers import load_classifier
 from stages.energies import new_energy
 from stages.engine import choose_chain
@@ -241,7 +241,12 @@ def test_chains_that_diverge_are_one_line(folder: Path) -> None:
     values = tiny_params()
     values["data"]["digits"]["tau"] = 1e38
     Path("hot.yaml").write_text(yaml.safe_dump(values))
-    result = command("fid digits --params hot.yaml --out elsewhere.safetensors")
+    tensors, about = load_tensors(PATHS.model("ebm_convergent"))
+    save_tensors(Path("hot.safetensors"), tensors, about | {"tau": 1e38})
+    result = command(
+        "fid digits --params hot.yaml --convergent hot.safetensors "
+        "--nonconvergent hot.safetensors --out elsewhere.safetensors"
+    )
     assert result.exit_code == 2
     assert "error: fid: " in result.output
     assert "Traceback" not in result.output

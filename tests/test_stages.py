@@ -68,9 +68,13 @@ def test_a_stage_run_twice_writes_the_same_bytes(folder: Path) -> None:
         ("train-ebm digits convergent", PATHS.model("ebm_convergent")),
         ("attack digits bpda_eot", PATHS.record("bpda_eot")),
     ):
-        assert command(f"{words} --out again.safetensors").exit_code == 0
-        assert Path("again.safetensors").read_bytes() == path.read_bytes()
-    assert Path("again.state.pt").read_bytes() == PATHS.state("ebm_convergent").read_bytes()
+        again = Path(f"again-{path.name}")
+        assert command(f"{words} --out {again}").exit_code == 0
+        assert again.read_bytes() == path.read_bytes()
+    assert (
+        Path("again-ebm_convergent.state.pt").read_bytes()
+        == PATHS.state("ebm_convergent").read_bytes()
+    )
 
 
 def test_the_report_refuses_a_record_outside_the_ball(folder: Path) -> None:
@@ -190,8 +194,11 @@ def test_training_stopped_by_a_signal_goes_on_to_the_same_weights(folder: Path) 
         ),
         ("train-ebm digits nonsense", "phase: expected one of ['adam', 'convergent'"),
         ("attack digits pgd --images none.npz", "none.npz: no such file"),
-        ("attack digits pgd --classifier corrupt.bin", "corrupt.bin: holds weights without their"),
-        ("attack digits pgd --energy corrupt.bin --classifier corrupt", "corrupt: not a readable"),
+        ("attack digits pgd --classifier corrupt.bin", "corrupt.bin: expected .safetensors of"),
+        (
+            "attack digits pgd --energy corrupt.bin --classifier corrupt",
+            "corrupt: expected .safetensors of",
+        ),
         ("attack digits pgd --images corrupt.bin", "corrupt.bin: not an image file"),
         (
             f"attack digits transfer_K --pgd {PATHS.record('bpda_eot')}",
