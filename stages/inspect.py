@@ -59,10 +59,8 @@ def run(
         sets["images of the bank"] = to_net(from_bytes(shown))
     generator = make_generator(params.seed, dataset, "inspect", device=hardware.device)
     noise = 2 * torch.rand(test.shape, generator=generator, device=hardware.device) - 1
-    seen = train.to(hardware.device)  # as training sees it
-    seen += section.data_noise * torch.randn(
-        seen.shape, generator=generator, device=hardware.device
-    )
+    spread = torch.randn(train.shape, generator=generator, device=hardware.device)
+    seen = train.to(hardware.device) + section.data_noise * spread  # as training sees it
     starts = dict(zip(STARTS, (test, bank, noise), strict=True))
     levels = {
         name: energies(network, x.to(hardware.device), tau=section.tau, batch=LEVELS)

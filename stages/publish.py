@@ -36,7 +36,11 @@ from defense import CompiledLangevin, EOTDefense, LangevinConfig, load_energy
 
 energy, tau = load_energy("{path}")
 defended = EOTDefense(
-    classifier, energy, {config}, replicas={H_def}, chain={chain}
+    classifier,
+    energy,
+    {config},
+    replicas={H_def},
+    chain={chain},
 )
 ```
 """

@@ -10,16 +10,17 @@ import yaml
 
 from defense.attack import AttackConfig, run_attack
 from defense.langevin import LangevinConfig
-from defense.pixels import from_bytes
+from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from defense.threat import ThreatModel
 from stages import StageError, diagnose, fid, figures, findings, pictures, rows, train_ebm
 from stages.artifacts import about_of, load_images, load_state, load_tensors, save_tensors
 from stages.classifiers import load_classifier
-from stages.energies import new_energy
+from stages.energies import load_energy, new_energy
 from stages.engine import choose_chain
 from stages.files import Paths
 from stages.hardware import Hardware
+from stages.levels import level_changes_of
 from stages.params import load_params
 from tests.tiny import command, tiny_params
 
@@ -252,6 +253,18 @@ def test_chains_that_diverge_are_one_line(folder: Path) -> None:
     assert "Traceback" not in result.output
     (left,) = (folder / ".scratch").glob("fid-*/")
     shutil.rmtree(left)
+
+
+def test_levels_are_those_of_the_images_themselves(folder: Path) -> None:
+    """Training images too, though `inspect` also looks at them with noise."""
+    params = load_params(Path("params.yaml"))
+    tensors, _ = load_tensors(PATHS.record("inspect_convergent"))
+    energy = load_energy(params, "digits", CPU, PATHS.model("ebm_convergent"))
+    for name, split in (("training images", "train"), ("test images", "test")):
+        data = load_images(PATHS.images, split, params.dataset("digits"), params.inspect.chains)
+        x = to_net(from_bytes(data.images))
+        expected = level_changes_of(params, "digits", CPU, energy, x, name)
+        torch.testing.assert_close(tensors[f"{name}/changes"], expected)
 
 
 # The idea, Figure 1

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from stages import presets
 from stages.cli import app
-from stages.params import load_params
+from stages.params import validate_params
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -90,5 +91,5 @@ def test_code_runs(code: str) -> None:
 
 
 def test_the_readme_secures_with_the_chains_that_were_measured() -> None:
-    K = load_params(ROOT / "params.yaml").langevin.K  # noqa: N806
-    assert f"LangevinConfig({K}, tau)" in README
+    preset = validate_params(yaml.safe_load(presets.text("cifar10")), Path("cifar10"))
+    assert f"LangevinConfig({preset.langevin.K}, tau, denoise=True)" in README
