@@ -26,7 +26,7 @@ from stages.findings import convergence
 from stages.params import INSPECTED, PGD_ATTACKS, SMOOTH, TRAININGS, Params, validate_params
 from stages.provenance import import_of, is_imported
 from stages.records import AttackResult, check_networks
-from stages.report import found, judged, study
+from stages.report import judged, study
 
 INDEX = "index.json"  # what each file says of itself
 
@@ -243,11 +243,12 @@ def defended(params: Params, paths: Paths, phase: str) -> dict[str, str]:
         places = {name: paths.record(name) for name in ("transfer_K", "bpda_eot")}
     else:
         places = {}
-    results = found(judged(path, params, name) for name, path in places.items())
-    for result, path in zip(results, (p for p in places.values() if p.exists()), strict=True):
-        check_networks(path, result.about, paths.model("ebm").parent)
     said: dict[str, str] = {}
-    for result in results:
+    for name, path in places.items():
+        result = judged(path, params, name)
+        if result is None:
+            continue
+        check_networks(path, result.about, paths.model("ebm").parent)
         attack = result.about["attack"]
         right = rows.accuracies(result, params.evaluate.draws)
         said.setdefault("defended, natural images", with_conditions(right["natural"], result))
