@@ -9,6 +9,7 @@ or beat it, and need no start-up.
 
 import copy
 import os
+import sys
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -182,7 +183,6 @@ class CompiledLangevin:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_graphs": {}, "_pool": None}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         energy: EnergyFn,
@@ -203,8 +203,13 @@ class CompiledLangevin:
         if config.steps == 0 or len(x) == 0:
             return x
         call = _Call(energy, x, config, generator, log, self.precision, states)
+        run = self._replay if x.is_cuda else _run
+        if (
+            "torch._dynamo" in sys.modules
+        ):  # of torch.compile, which takes as long to import as torch
+            run = torch.compiler.disable(run)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return self._replay(call) if x.is_cuda else _run(call)
+            return run(call)
 
     def _replay(self, call: _Call) -> Tensor:
         """On CUDA: graphs for this energy, batch and step size, recorded at their first use."""

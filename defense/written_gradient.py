@@ -7,20 +7,19 @@ oneDNN once per gradient function, and slow layers are rewritten as faster ones.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense.energy import ConvEnergy, SmoothLeakyReLU
-
-Map = Callable[[Tensor], Tensor]
+from defense.onednn import Map, convolution, lays_out, linear, transposed_convolution
 
 MATRIX_STEPS = 8  # from so many a first layer on tiny images is worth making into a matrix
 VECTOR_BYTES = 64  # of a CPU; narrower transposed convolutions are computed by blocks
 
-aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
+aten = torch.ops.aten
 
 
 class Slope(NamedTuple):
@@ -56,30 +55,9 @@ def slope_of(activation: nn.Module) -> Slope:
     raise ValueError(f"activation: expected one with a written-out slope, got {activation}")
 
 
-def _uses_onednn(weight: Tensor) -> bool:
-    """On a CPU whose library there is, and has kernels for the weight's type."""
-    if weight.is_cuda or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype != torch.bfloat16 or bool(mkldnn._is_mkldnn_bf16_supported())
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> Map:
-    """Rows (M,in) -> (M,out); on a CPU by oneDNN, whose layout of the weight is made here, once."""
-    if not _uses_onednn(weight):
-        return lambda rows: F.linear(rows, weight, bias)
-    packed = mkldnn._reorder_linear_weight(weight.contiguous())
-    return lambda rows: cast(Tensor, mkldnn._linear_pointwise(rows, packed, bias, "none", [], ""))
-
-
 def _convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[int]) -> Map:
     """(N,S,S,in) -> (N,T,T,out) with padding 1; ``inputs`` is the usual (N,in,S,S)."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    if not _uses_onednn(weight):
-        convolve: Map = lambda x: F.conv2d(x, weight, bias, stride, 1)  # noqa: E731
-    else:
-        packed = mkldnn._reorder_convolution_weight(weight, 1, stride, 1, 1, inputs)
-        rest: tuple[Any, ...] = ([1, 1], [stride] * 2, [1, 1], 1, "none", [], "")
-        convolve = lambda x: mkldnn._convolution_pointwise(x, packed, bias, *rest)  # noqa: E731
+    convolve = convolution(weight, bias, stride, inputs)
     return lambda h: convolve(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
@@ -98,7 +76,7 @@ def _first_layer(
     if steps >= MATRIX_STEPS and c * s * s <= 64 and not weight.is_cuda:
         pixels = torch.eye(c * s * s).view(-1, c, s, s)
         matrix = F.conv2d(pixels, weight, None, 1, 1).permute(0, 2, 3, 1).flatten(1).to(dtype)
-        rows, columns = _linear(matrix.t(), bias.repeat(s * s)), _linear(matrix, None)
+        rows, columns = linear(matrix.t(), bias.repeat(s * s)), linear(matrix, None)
         return (
             lambda x: rows(x.flatten(1)).view(-1, s, s, width),
             lambda g: columns(g.flatten(1)).view(-1, c, s, s),
@@ -142,20 +120,12 @@ def _transposed(weight: Tensor, parts: int, s: int) -> Map:
 
     On a CPU the library's kernel is slow where the channels of a pixel fit one vector.
     """
-    t, c = s // 2, weight.shape[1]
-    if not _uses_onednn(weight):
-        laid = weight.contiguous(memory_format=torch.channels_last)
-        transpose: Map = lambda g: F.conv_transpose2d(g, laid, None, 2, 1, s - 2 * t)  # noqa: E731
-    elif c * weight.element_size() <= VECTOR_BYTES:
+    k, c = weight.shape[:2]
+    t = s // 2
+    if lays_out(weight) and c * weight.element_size() <= VECTOR_BYTES:
         whole = _by_blocks(weight, parts, t)
         return lambda g: whole(g)[:, 1 : s + 1, 1 : s + 1]
-    else:
-        rest: tuple[Any, ...] = ([1, 1], [s - 2 * t] * 2, [2, 2], [1, 1], 1)
-        inputs = [parts, weight.shape[0], t, t]
-        packed = mkldnn._reorder_convolution_transpose_weight(weight.contiguous(), *rest, inputs)
-        transpose = lambda g: mkldnn._convolution_transpose_pointwise(  # noqa: E731
-            g, packed, None, *rest, "none", [], ""
-        )
+    transpose = transposed_convolution(weight, s - 2 * t, [parts, k, t, t])
     return lambda g: transpose(g.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from defense import compiled, written_gradient
+from defense import compiled, onednn, written_gradient
 from defense.compiled import CompiledLangevin, bytes_per_image, images_at_once, padded_batch
 from defense.energy import ACTIVATIONS
+from defense.eot import EOTDefense
 from defense.langevin import ChainLog, LangevinConfig, energy_and_gradient, langevin
 from defense.precision import Precision
 from defense.written_gradient import WrittenGradient, slope_of
@@ -68,7 +69,7 @@ def test_a_few_steps_are_prepared_otherwise_and_agree_as_well(shape: str) -> Non
 def test_gradient_without_the_cpu_library(
     shape: str, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(onednn, "_can_be_trusted", lambda dtype: False)
     energy, x = make_energy(shape, activation), make_images(shape)
     with torch.inference_mode():
         actual = WrittenGradient(energy, list(x.shape), torch.float32, 20)(x)
@@ -192,7 +193,7 @@ def test_an_older_cpu_computes_bfloat16_without_the_library(
     energy, x = make_energy("paper", "silu"), make_images("paper", count=4)
     chain, one = CompiledLangevin(precision="bfloat16"), LangevinConfig(steps=1, tau=0.0)
     with_it = chain(energy, x, one, generator=seeded())
-    monkeypatch.setattr(written_gradient, "_uses_onednn", lambda w: w.dtype != torch.bfloat16)
+    monkeypatch.setattr(onednn, "_can_be_trusted", lambda dtype: dtype != torch.bfloat16)
     without = chain(energy, x, one, generator=seeded())
     assert (without - with_it).norm() / (with_it - x).norm() < 2e-2
 
@@ -317,10 +318,8 @@ def test_a_matrix_is_made_only_for_many_steps(
     steps: int, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    linear = written_gradient._linear
-    monkeypatch.setattr(
-        written_gradient, "_linear", lambda *about: made.append(1) or linear(*about)
-    )
+    linear = onednn.linear
+    monkeypatch.setattr(written_gradient, "linear", lambda *about: made.append(1) or linear(*about))
     WrittenGradient(make_energy(), [7, 1, 8, 8], torch.float32, steps)
     assert len(made) == products
 
@@ -340,3 +339,12 @@ def test_the_last_layer_of_logged_energies_is_not_rounded() -> None:
     energy = make_energy()
     row = WrittenGradient(energy, [7, 1, 8, 8], torch.bfloat16, 1).last_row
     assert torch.equal(row, energy.layers[-1].weight.detach().permute(0, 2, 3, 1).flatten())
+
+
+def test_torch_compile_leaves_the_chain_alone(tiny_classifier) -> None:
+    energy, x = make_energy(), (make_images(count=4) + 1) / 2
+    plain, other = (
+        EOTDefense(tiny_classifier, energy, TWENTY, replicas=2, seed=1, chain=CompiledLangevin())
+        for _ in range(2)
+    )
+    assert torch.equal(torch.compile(other, backend="eager")(x), plain(x))

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from defense import written_gradient
+from defense import onednn
 from defense.energy import ConvEnergy
 from defense.inference import freeze
 from defense.written_gradient import WrittenGradient
@@ -22,10 +22,10 @@ from stages import StageError, cost, presets
 from stages.attack import attack_defense
 from stages.bench_attack import counting
 from stages.bench_jobs import Job
+from stages.build import Nets
 from stages.cost import Cost, Timed, costs
 from stages.energies import new_energy
 from stages.hardware import Hardware
-from stages.models import Nets
 from stages.params import NamedAttack, Params, validate_params
 from tests.tiny import tiny_params
 
@@ -168,7 +168,7 @@ def test_a_straight_energy_has_no_products() -> None:
 
 
 def test_a_product_costs_so_many_gradients(monkeypatch) -> None:
-    monkeypatch.setattr(written_gradient, "_uses_onednn", lambda weight: False)
+    monkeypatch.setattr(onednn, "_can_be_trusted", lambda dtype: False)
     energy = ConvEnergy(image_size=8, channels=1, width=8, activation="silu")
     x = torch.rand(3, 1, 8, 8)
     gradient = WrittenGradient(energy, [3, 1, 8, 8], torch.float32, 1)
