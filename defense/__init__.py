@@ -7,6 +7,7 @@ written_gradient, compiled
                     the same call, fast: CompiledLangevin
 chain_gradient, written_hessian
                     gradients through the chain, exact or smoothed; plain and fast
+purifier, through   what a purifier is, and the chain as one; gradients that go back through it
 eot                 EOTDefense, the defended classifier, equations (4)-(6)
 threat, losses, step_rules
                     the ball (7)-(8), what an attack makes larger, where it looks next
@@ -25,11 +26,13 @@ from defense.attack import NEVER, AttackConfig, AttackRecord, run_attack, run_tr
 from defense.classifier import WideResNet
 from defense.compiled import CompiledLangevin
 from defense.energy import ConvEnergy
-from defense.eot import EOTDefense, straight_through
+from defense.eot import EOTDefense
 from defense.inference import freeze
 from defense.langevin import Chain, LangevinConfig, langevin
 from defense.pretrained import load_classifier, load_energy
+from defense.purifier import LangevinPurifier, Purifier
 from defense.threat import ThreatModel
+from defense.through import straight_through
 from defense.verdict import Replicated, Sequential
 from defense.written_hessian import written_product
 
@@ -42,6 +45,8 @@ __all__ = [
     "ConvEnergy",
     "EOTDefense",
     "LangevinConfig",
+    "LangevinPurifier",
+    "Purifier",
     "Replicated",
     "Sequential",
     "ThreatModel",

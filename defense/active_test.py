@@ -140,9 +140,8 @@ def plant(
 
     # Features of single replicas; half of the planted point's for the fit, half for the decision.
     inner = defense.replica_logits(points, replicas=1)[0].double()
-    draws = config.replicas if defense.config.steps else 1
-    planted_features = defense.replica_logits(hidden, replicas=2 * draws)[:, 0].double()
-    fit, fresh = planted_features.split(draws)
+    planted_features = defense.replica_logits(hidden, replicas=2 * config.replicas)[:, 0].double()
+    fit, fresh = planted_features.split(config.replicas)
     w = direction_between(inner, fit.mean(0), config.ridge)
     low, high = inner @ w, fresh @ w
     reach = float(high.mean() - low.mean())

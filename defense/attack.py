@@ -83,23 +83,34 @@ class AttackConfig:
 
 
 @dataclass(frozen=True)
-class AttackRecord:
-    """What an attack found on B images; every accuracy and the curve over steps follow from it."""
+class Found:
+    """What the search of an attack found on B images."""
 
     adversarial: Tensor  # (B,C,H,W) pixels: where it stopped at a break, else the largest margin
-    clean_logits: Tensor  # (B, classes) target on the clean image, mean over its replicas
-    clean_classes: Tensor  # (B,R) int16: what each of R of these says by itself
-    adversarial_logits: Tensor  # (B, classes) target on ``adversarial``, drawn afresh
-    adversarial_classes: Tensor  # (B,R) int16
     broken_at: Tensor  # (B,) int64: updates before the first verified break, or NEVER
     restart: Tensor  # (B,) int64: the restart that broke it, or NEVER
     losses: Tensor  # (B,3) the surrogate's at the start, the largest, the last; NaN: not attacked
     not_finite: Tensor  # (B,) int64: steps at which its loss or its gradient was no number
     flat_steps: Tensor  # (B,) int64: steps at which the gradient was zero everywhere
     verified: Tensor  # (B,2) int64: suspects that the target judged, replicas that this took
-    early: Tensor  # (B,2) int64: replicas that the sequential test needs for ``adversarial``, and
-    # whether it then says what all of them say (1), or not (0), or NOT_MEASURED
     through_chain: Tensor  # (B,) bool: False if gradients went back through the chain unchanged
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the target says of B clean images, and of what was found, drawn afresh."""
+
+    clean_logits: Tensor  # (B, classes) mean over its replicas
+    clean_classes: Tensor  # (B,R) int16: what each of R of these says by itself
+    adversarial_logits: Tensor  # (B, classes)
+    adversarial_classes: Tensor  # (B,R) int16
+    early: Tensor  # (B,2) int64: replicas that the sequential test needs for the adversarial
+    # image, and whether it then says what all of them say (1), or not (0), or NOT_MEASURED
+
+
+@dataclass(frozen=True)
+class AttackRecord(Judged, Found):
+    """An attack on B images; every accuracy and the curve over steps follow from it."""
 
     def clean_correct(self, labels: Tensor) -> Tensor:
         """(B,) bool: the target is right about the clean image (the first check of Algorithm 1)."""
@@ -150,7 +161,7 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
 
 class Finds:
-    """What a search has found so far of images x (B,C,H,W); fields as in `AttackRecord`."""
+    """What a search has found so far of images x (B,C,H,W); fields as in `Found`."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.adversarial = x.clone()
@@ -184,6 +195,11 @@ class Finds:
     def strike(self, images: Tensor, step: int, restart: int) -> None:
         """Verified breaks."""
         self.broken_at[images], self.restart[images] = step, restart
+
+    def found(self, *, through_chain: bool) -> Found:
+        """All of it."""
+        kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return Found(through_chain=torch.full_like(self.unbroken(), through_chain), **kept)
 
 
 @torch.no_grad()
@@ -317,39 +333,29 @@ def _run(
     clean = answer(target, x, y, config.early())
     right = is_right(clean.logits, y)
     finds = search(surrogate, target, x, y, right, config, generator=generator, on_step=on_step)
-    # A gradient that was zero says nothing of the chain.
-    came_back = getattr(surrogate, "gradient_came_back", False)
-    moved = not came_back or bool(getattr(surrogate, "chain_moved_gradient", False))
-    return AttackRecord(
-        **_judged(target, finds.adversarial, y, clean, config),
-        broken_at=finds.broken_at,
-        restart=finds.restart,
-        losses=finds.losses,
-        not_finite=finds.not_finite,
-        flat_steps=finds.flat_steps,
-        verified=finds.verified,
-        through_chain=torch.full_like(right, moved),
-    )
+    moved = not getattr(surrogate, "gradient_is_identity", False)
+    found = finds.found(through_chain=moved)
+    judged = _judged(target, found.adversarial, y, clean, config)
+    return AttackRecord(**vars(judged), **vars(found))
 
 
 def _judged(
     target: Replicated, adversarial: Tensor, y: Tensor, clean: Answer, config: AttackConfig
-) -> dict[str, Tensor]:
-    """What a record says of the target: its answer on the clean images, and a fresh one."""
+) -> Judged:
+    """The target's answer on the clean images, and a fresh one."""
     afresh = answer(target, adversarial, y, config.early())
     needed, agrees = afresh.drawn, torch.full_like(y, NOT_MEASURED)
     if not config.early_verdicts:
         early = config.sequential.replayed(afresh.replicas, y)
         needed = early.drawn
         agrees = (is_right(early.logits, y) == is_right(afresh.logits, y)).to(y.dtype)
-    return {
-        "adversarial": adversarial,
-        "clean_logits": clean.logits,
-        "clean_classes": classes_of(clean.replicas),
-        "adversarial_logits": afresh.logits,
-        "adversarial_classes": classes_of(afresh.replicas),
-        "early": torch.stack([needed, agrees], dim=1),
-    }
+    return Judged(
+        clean.logits,
+        classes_of(clean.replicas),
+        afresh.logits,
+        classes_of(afresh.replicas),
+        torch.stack([needed, agrees], dim=1),
+    )
 
 
 @torch.no_grad()
@@ -378,14 +384,7 @@ def run_transfer(
         judge = replicated(target, x, config.replicas)
         clean = answer(judge, x, y, config.early())
         judged = _judged(judge, x_adv, y, clean, config)
-    broken = is_right(clean.logits, y) & ~is_right(judged["adversarial_logits"], y)
-    return AttackRecord(
-        **judged,
-        broken_at=torch.where(broken, config.steps, NEVER),
-        restart=torch.where(broken, 0, NEVER),
-        losses=torch.full((len(x), 3), torch.nan, dtype=x.dtype, device=x.device),
-        not_finite=torch.zeros_like(y),
-        flat_steps=torch.zeros_like(y),
-        verified=y.new_zeros(len(y), 2),
-        through_chain=torch.ones_like(broken),
-    )
+    finds, broken = Finds(x_adv, y), is_right(clean.logits, y)
+    broken &= ~is_right(judged.adversarial_logits, y)
+    finds.strike(broken, config.steps, 0)
+    return AttackRecord(**vars(judged), **vars(finds.found(through_chain=True)))

@@ -15,24 +15,32 @@ from defense.pixels import from_bytes
 from defense.rng import make_generator
 from stages import StageError
 from stages.artifacts import load_images, save_tensors
-from stages.attack import Files, configure
+from stages.build import Nets, named_attack, sequential, threat
 from stages.console import Track, say
 from stages.files import energy_name
 from stages.hardware import Hardware
-from stages.models import Nets, sequential, threat
 from stages.params import NamedAttack, Params
 from stages.resume import Scratch
 
 
-def run(params: Params, dataset: str, hardware: Hardware, files: Files, out: Path) -> None:
+def run(
+    params: Params,
+    dataset: str,
+    hardware: Hardware,
+    *,
+    images: Path,
+    classifier: Path,
+    energy: Path,
+    out: Path,
+) -> None:
     """Plant a point in the ball of each image and attack it (Zimmermann et al. 2022)."""
     section = params.evaluate.active_test
     named = params.evaluate.attacks[section.attack]
-    nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
-    data = load_images(files.images, "test", params.dataset(dataset), section.images)
-    inputs = {"images": files.images, "classifier": files.classifier, "energy": files.energy}
+    nets = Nets.load(params, dataset, hardware, classifier=classifier, energy=energy)
+    data = load_images(images, "test", params.dataset(dataset), section.images)
+    inputs = {"images": images, "classifier": classifier, "energy": energy}
     about: dict[str, object] = {"run": params.run, "dataset": dataset}
-    about["energy"] = energy_name(files.energy)
+    about["energy"] = energy_name(energy)
     about |= params.study("active_test", dataset)
 
     def key(p: Params) -> object:
@@ -97,7 +105,7 @@ def hide_and_seek(
             defend(planted.readout, "judge"),
             x,
             torch.zeros(1, dtype=torch.int64, device=x.device),
-            configure(params, named, early=params.evaluate.early_verdicts),
+            named_attack(params, named, early=params.evaluate.early_verdicts),
             generator=generator,
             on_step=lambda robust: on_step(),
         )

@@ -13,12 +13,12 @@ from defense.pixels import from_bytes
 from defense.rng import make_generator
 from stages import StageError
 from stages.artifacts import Images, load_images
+from stages.build import Nets, attack_config, named_attack
 from stages.classifiers import load_classifier
 from stages.console import Track, said_warnings, say
 from stages.files import energy_name, fingerprint
 from stages.flags import flags_of
 from stages.hardware import Hardware
-from stages.models import Nets, sequential, threat
 from stages.params import PGD_ATTACKS, NamedAttack, Params
 from stages.records import AttackResult
 from stages.resume import Scratch
@@ -184,12 +184,8 @@ def attack_classifier(
     classifier = load_classifier(params, dataset, hardware, weights)
     size = params.attack.pgd
     # Every image goes through all steps: transferred images should be as strong as they can be.
-    config = AttackConfig(
-        threat(params),
-        size.steps,
-        params.attack.step_255,
-        size.restarts,
-        stop_at_break=False,
+    config = attack_config(
+        params, size.steps, early=False, restarts=size.restarts, stop_at_break=False
     )
 
     def evaluate(
@@ -203,33 +199,18 @@ def attack_classifier(
     return evaluate
 
 
-def configure(params: Params, named: NamedAttack, *, early: bool) -> AttackConfig:
-    """The library's configuration of an attack on the defense."""
-    return AttackConfig(
-        threat(params, named.scale),
-        named.steps,
-        params.attack.step_255 * named.scale,
-        named.restarts,
-        named.stop_at_break,
-        rule=named.rule,
-        loss=named.loss,
-        sequential=sequential(params),
-        early_verdicts=early,
-    )
-
-
 def attack_defense(nets: Nets, attack: str, named: NamedAttack) -> Evaluate:
     """Losses and gradients from H_adv replicas, verdicts from H_def: Algorithm 1 and its kin."""
     params, langevin = nets.params, nets.params.langevin
     replicas = named.H_adv or langevin.H_adv
-    gradient, config = named.mode(), configure(params, named, early=params.early_verdicts(attack))
+    config = named_attack(params, named, early=params.early_verdicts(attack))
 
     def evaluate(
         shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
     ) -> AttackRecord:
         purpose = f"{attack}/{shard}"
         return run_attack(
-            nets.defense(langevin.K, replicas, f"{purpose}/surrogate", gradient),
+            nets.defense(langevin.K, replicas, f"{purpose}/surrogate", named.mode()),
             nets.defense(langevin.K, langevin.H_def, f"{purpose}/target"),
             x,
             y,
@@ -272,13 +253,7 @@ def judge_transferred(nets: Nets, attack: str, pgd: AttackResult, files: Files) 
     params = nets.params
     conditions = params.conditions(attack)
     steps, replicas = int(str(conditions["K"])), int(str(conditions["H_def"]))
-    config = AttackConfig(
-        threat(params),
-        params.attack.pgd.steps,
-        params.attack.step_255,
-        sequential=sequential(params),
-        early_verdicts=params.early_verdicts(attack),
-    )
+    config = attack_config(params, params.attack.pgd.steps, early=params.early_verdicts(attack))
 
     def evaluate(
         shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]

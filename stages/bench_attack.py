@@ -16,19 +16,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from defense.attack import AttackConfig, run_attack, search
+from defense.attack import run_attack, search
 from defense.langevin import Chain, EnergyFn, LangevinConfig
 from defense.pixels import from_bytes
 from defense.plain_attack import algorithm_1
 from defense.rng import make_generator
-from defense.verdict import Sequential, wrong
+from defense.verdict import wrong
 from stages.artifacts import Images, load_images
 from stages.attack import Files
 from stages.bench import machine
+from stages.build import Nets, attack_config, threat
 from stages.console import Track, say
 from stages.files import write_text
 from stages.hardware import Hardware
-from stages.models import Nets, threat
 from stages.params import Params
 from stages.rows import count
 
@@ -108,12 +108,8 @@ def ways_of(nets: Nets, steps: int) -> dict[str, Way]:
         )
         return right, right & (broken_at < 0)
 
-    def configured(early: bool) -> AttackConfig:
-        sequential = Sequential(**params.attack.sequential.model_dump())
-        return AttackConfig(ball, steps, step_255, sequential=sequential, early_verdicts=early)
-
     def scheduled(early: bool) -> Way:
-        config = configured(early)
+        config = attack_config(params, steps, early=early)
 
         def way(block: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             nets_of_block = pair(block)
@@ -124,7 +120,9 @@ def ways_of(nets: Nets, steps: int) -> dict[str, Way]:
         return way
 
     def whole(block: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        record = run_attack(x=x, y=y, config=configured(True), **pair(block))
+        record = run_attack(
+            x=x, y=y, config=attack_config(params, steps, early=True), **pair(block)
+        )
         return record.clean_correct(y), record.robust(y)
 
     return {

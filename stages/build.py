@@ -1,12 +1,14 @@
-"""A classifier and an energy together: the defenses of one dataset."""
+"""What params.yaml describes, as objects of the library: defenses, threat models, attacks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from defense.attack import AttackConfig
 from defense.chain_gradient import GradientMode
 from defense.energy import ConvEnergy
 from defense.eot import EOTDefense
@@ -20,7 +22,7 @@ from stages.classifiers import load_classifier
 from stages.energies import load_energy
 from stages.engine import choose_chain
 from stages.hardware import Hardware
-from stages.params import Params
+from stages.params import NamedAttack, Params
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,36 @@ def threat(params: Params, scale: float = 1.0) -> ThreatModel:
 def sequential(params: Params) -> Sequential:
     """The test by which a verdict may stop early."""
     return Sequential(**params.attack.sequential.model_dump())
+
+
+def attack_config(
+    params: Params, steps: int, *, early: bool, ball: ThreatModel | None = None, **options: Any
+) -> AttackConfig:
+    """An attack of so many steps in the ball of the experiment, or in another ``ball``.
+
+    The length of a step is always the same share of the radius. ``early``: whether verdicts may
+    stop early; ``options`` are other fields of `AttackConfig`.
+    """
+    ball = ball or threat(params)
+    return AttackConfig(
+        ball,
+        steps,
+        params.step_share * ball.eps_255,
+        sequential=sequential(params),
+        early_verdicts=early,
+        **options,
+    )
+
+
+def named_attack(params: Params, named: NamedAttack, *, early: bool) -> AttackConfig:
+    """One of evaluate.attacks, or BPDA+EOT (`Params.named`)."""
+    return attack_config(
+        params,
+        named.steps,
+        early=early,
+        ball=threat(params, named.scale),
+        restarts=named.restarts,
+        stop_at_break=named.stop_at_break,
+        rule=named.rule,
+        loss=named.loss,
+    )

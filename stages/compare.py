@@ -7,17 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.attack import AttackConfig
 from defense.diagnostics import energies, states_at
 from defense.inference import classify
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages.artifacts import Images, load_images, save_tensors
 from stages.attack import bpda_eot
+from stages.build import Nets, attack_config
 from stages.console import Track, say
 from stages.energies import pixels_shown
 from stages.hardware import Hardware
-from stages.models import Nets, sequential, threat
 from stages.params import MODELS, Params
 from stages.records import AttackResult
 from stages.resume import Scratch
@@ -34,9 +33,9 @@ def run(
     *,
     images: Path,
     classifier: Path,
-    models: dict[str, Path],
     pgd: Path,
     out: Path,
+    **models: Path,
 ) -> None:
     """Accuracy on natural, transferred and attacked images, energies and samples, at every K."""
     compare = params.compare
@@ -83,13 +82,7 @@ def pieces_of(nets: Nets, model: str, data: Images, adversarial: Tensor) -> list
             curve = f"{model}/{images}"
             work.append((curve, partial(along, nets, f"{curve}/{number}", pixels)))
     params, size = nets.params, compare.bpda_eot
-    config = AttackConfig(
-        threat(params),
-        size.steps,
-        params.attack.step_255,
-        sequential=sequential(params),
-        early_verdicts=params.evaluate.early_verdicts,
-    )
+    config = attack_config(params, size.steps, early=params.evaluate.early_verdicts)
     count = size.images
     attacked = Images(data.images[:count], data.labels[:count], data.index[:count])
     for steps in compare.K if count else ():

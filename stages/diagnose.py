@@ -12,11 +12,11 @@ from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from defense.verdict import safe_and_borderline
 from stages.artifacts import Images, load_images, save_tensors
+from stages.build import Nets
 from stages.console import say
 from stages.energies import pixels_shown
 from stages.files import energy_name
 from stages.hardware import Hardware
-from stages.models import Nets
 from stages.params import Params
 from stages.records import AttackResult
 from stages.resume import Scratch

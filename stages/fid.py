@@ -38,8 +38,8 @@ def run(
     *,
     images: Path,
     classifier: Path,
-    models: dict[str, Path],
     out: Path,
+    **models: Path,
 ) -> None:
     """Chains from training images under each energy, measured against these images."""
     section, data = params.fid, params.dataset(dataset)

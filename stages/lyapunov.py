@@ -29,11 +29,12 @@ def run(
     hardware: Hardware,
     *,
     images: Path,
-    energies: dict[str, Path],
+    energy: Path,
+    smooth: Path,
     out: Path,
 ) -> None:
     """Exponents (E,n) over eta of chains from test images, for each energy and separation."""
-    section = params.lyapunov
+    section, energies = params.lyapunov, dict(zip(EVALUATED, (energy, smooth), strict=True))
     test = load_images(images, "test", params.dataset(dataset), section.chains)
     x = to_net(from_bytes(test.images)).to(hardware.device)
 

@@ -18,11 +18,11 @@ from defense.rng import make_generator
 from defense.threat import ThreatModel
 from stages.artifacts import Images, load_images, save_tensors
 from stages.attack import bpda_eot, verdicts
+from stages.build import Nets, attack_config
 from stages.classifiers import load_classifier
 from stages.console import Track, say
 from stages.files import energy_name
 from stages.hardware import Hardware
-from stages.models import Nets, sequential, threat
 from stages.params import NORMS, TRAININGS, Params
 from stages.resume import Scratch
 
@@ -38,17 +38,18 @@ def run(
     hardware: Hardware,
     *,
     images: Path,
-    classifiers: dict[str, Path],
+    classifier: Path,
+    adversarial: Path,
     energy: Path,
     out: Path,
 ) -> None:
-    """Attack the same test images in every setting; ``classifiers`` by how they were trained."""
+    """Attack the same test images in every setting."""
     section = params.sweep
     data = load_images(images, "test", params.dataset(dataset), section.images)
-    nets = Nets.load(params, dataset, hardware, classifier=classifiers["natural"], energy=energy)
-    hardened = load_classifier(params, dataset, hardware, classifiers["adversarial"])
+    nets = Nets.load(params, dataset, hardware, classifier=classifier, energy=energy)
+    hardened = load_classifier(params, dataset, hardware, adversarial)
     networks = dict(zip(TRAININGS, (nets.classifier, hardened), strict=True))
-    inputs = {"images": images, "energy": energy, **classifiers}
+    inputs = {"images": images, "energy": energy, "natural": classifier, "adversarial": adversarial}
 
     def key(p: Params) -> object:
         return p.seed, dataset, p.data[dataset], p.study("sweep", dataset)
@@ -89,31 +90,21 @@ def settings_of(nets: Nets, classifiers: dict[str, nn.Module]) -> dict[str, Atta
     for norm in NORMS:
         for radius in section.radii(norm):
             ball = ThreatModel(norm, radius)
-            config = configure(params, ball, early=early)
+            config = attack_config(params, section.steps, early=early, ball=ball)
             for training, network in classifiers.items():
                 settings[f"{norm}/{radius:.12g}/{training}"] = partial(pgd, nets, network, config)
             settings[f"{norm}/{radius:.12g}/{DEFENSE}"] = partial(bpda_eot, nets, usual, config)
     steps, attacker, defender = usual
-    config = configure(params, threat(params), early=early)
+    config = attack_config(params, section.steps, early=early)
     for count in section.attacker_replicas:
         sizes = (steps, count, defender)
         settings[f"H_adv/{count}/{DEFENSE}"] = partial(bpda_eot, nets, sizes, config)
-    config = configure(params, threat(params), early=False)  # whose number of replicas is the point
+    # The number of replicas is the point: all are drawn.
+    config = attack_config(params, section.steps, early=False)
     for count in section.defender_replicas:
         sizes = (steps, attacker, count)
         settings[f"H_def/{count}/{DEFENSE}"] = partial(bpda_eot, nets, sizes, config)
     return settings
-
-
-def configure(params: Params, ball: ThreatModel, *, early: bool) -> AttackConfig:
-    """PGD in a ball, its step the same share of the radius as in Tables 1-3."""
-    return AttackConfig(
-        ball,
-        params.sweep.steps,
-        params.step_share * ball.eps_255,
-        sequential=sequential(params),
-        early_verdicts=early,
-    )
 
 
 def pgd(

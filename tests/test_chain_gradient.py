@@ -173,7 +173,7 @@ def test_a_gradient_that_is_zero_says_nothing_of_the_chain() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_gradient(defense, (make_images("digits", 2).double() + 1) / 2, torch.tensor([0, 1]))
-    assert not defense.gradient_came_back
+    assert defense.gradient_is_identity is None
 
 
 def test_there_is_no_second_derivative_to_get_wrong() -> None:
@@ -237,7 +237,7 @@ def test_a_piecewise_linear_energy_gives_the_identity_and_says_so() -> None:
     with pytest.warns(UserWarning, match="is the identity, as in BPDA"):
         ours, _ = loss_gradient(defense, x, y)
     assert torch.equal(ours, expected)
-    assert not defense.chain_moved_gradient
+    assert defense.gradient_is_identity is True
 
     def end(start: Tensor) -> Tensor:
         return langevin(energy, to_net(start), LangevinConfig(6, TAU), generator=seeded())
@@ -254,7 +254,7 @@ def test_a_gradient_that_the_chain_has_changed_is_not_warned_of(activation, mode
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_gradient(defense, x, torch.tensor([0, 1, 0]))
-    assert defense.chain_moved_gradient
+    assert defense.gradient_is_identity is False
 
 
 def test_smoothed_is_the_chains_own_states_with_a_smooth_hessian() -> None:

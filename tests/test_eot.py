@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import defense.eot
 from defense.attack import loss_gradient
-from defense.eot import EOTDefense, straight_through
+from defense.eot import EOTDefense
 from defense.langevin import LangevinConfig
 from defense.pixels import from_bytes, to_net, to_pixels
+from defense.through import straight_through
 
 TWO_STEPS = LangevinConfig(steps=2, tau=0.1)
 
