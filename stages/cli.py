@@ -1,23 +1,32 @@
-"""The command line: one command per stage, with every path it reads and writes as an option.
+"""The command line: one command for each stage of the workflow; `stages.tools` has the others."""
 
-Here are data, training and attacks; `stages.studies` has what looks at their results.
-"""
-
+from importlib import import_module
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from stages import StageError, console, studies, tools
-from stages.files import CODE, Paths, classifier_name, write_text
+from stages import StageError, console, options, tools
+from stages.console import say
+from stages.files import (
+    CODE,
+    KEPT_RECORDS,
+    Paths,
+    classifier_name,
+    pretrained,
+    reports,
+    write_text,
+)
 from stages.options import (
-    DEFAULT_PARAMS,
+    INPUTS,
+    Anywhere,
     Checkpoint,
     ClassifierFile,
-    CodeFolder,
     Dataset,
     Device,
     EnergyFile,
+    Given,
     ImagesFile,
     MaxChains,
     Out,
@@ -25,17 +34,17 @@ from stages.options import (
     PGDRecord,
     Resume,
     TimeLimit,
-    attack_files,
     checked,
     mendable,
     place,
-    weights,
 )
-from stages.params import EVALUATED, PGD_ATTACKS, TABLE_ATTACKS
+from stages.params import EVALUATED, MODELS, PGD_ATTACKS, TABLE_ATTACKS
 
 app = typer.Typer(
+    cls=Anywhere,
     help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
-    "robust it is. Each stage command is one stage of the workflow that `dvc repro` runs.",
+    "robust it is. Each stage command is one stage of the workflow that `dvc repro` runs. The "
+    "options below belong to every command that can use them, and may stand before or after it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,6 +53,11 @@ app = typer.Typer(
 
 @app.callback()
 def main(
+    params_file: ParamsFile = Path("params.yaml"),
+    device: Device = None,
+    max_chains: MaxChains = None,
+    time_limit: TimeLimit = None,
+    checkpoint: Checkpoint = None,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -53,12 +67,13 @@ def main(
 ) -> None:
     """Before any command."""
     console.verbose = verbose
+    options.given = Given(params_file, device, max_chains, time_limit, checkpoint)
 
 
 @app.command()
-def check_params(params_file: ParamsFile = DEFAULT_PARAMS, out: Out = None) -> None:
+def check_params(out: Out = None) -> None:
     """Validate the parameters; the workflow begins with it, so a wrong value costs no result."""
-    with checked(params_file) as params:
+    with checked() as params:
         if params.fid.features == "inception":
             from stages.fid import inception
 
@@ -67,7 +82,11 @@ def check_params(params_file: ParamsFile = DEFAULT_PARAMS, out: Out = None) -> N
 
 
 @app.command()
-def code(out: CodeFolder = CODE) -> None:
+def code(
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for a small file of each stage.")
+    ] = CODE,
+) -> None:
     """Write down the code that each stage runs, for DVC to see what an edit changes."""
     with mendable():
         from stages import code as stage
@@ -76,12 +95,9 @@ def code(out: CodeFolder = CODE) -> None:
 
 
 @app.command()
-def prepare_data(
-    dataset: Dataset, params_file: ParamsFile = DEFAULT_PARAMS, out: Out = None
-) -> None:
+def prepare_data(dataset: Dataset, out: Out = None) -> None:
     """Fetch or read the images of DATASET, check them, write them as one file."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
+    with checked(dataset) as params:
         from stages import prepare_data as stage
 
         stage.run(params, dataset, out or Paths(params.run, dataset).images)
@@ -93,27 +109,21 @@ def train_classifier(
     training: Annotated[
         str, typer.Argument(help="natural, or adversarial: the baseline of Tables 2 and 3.")
     ] = "natural",
-    params_file: ParamsFile = DEFAULT_PARAMS,
     images: ImagesFile = None,
     out: Out = None,
-    device: Device = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
 ) -> None:
     """Train the classifier that is to be secured, or its baseline. Resumes after a kill."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
+    with checked(dataset) as params:
         from stages import train_classifier as stage
-        from stages.hardware import Hardware
 
         paths = Paths(params.run, dataset)
         stage.run(
             params,
             dataset,
             training,
-            Hardware.choose(device, None, time_limit, checkpoint),
+            options.given.hardware(),
             images=images or paths.images,
-            out=weights(out, paths.classifier(training)),
+            out=_weights(out, paths.classifier(training)),
             history=out.with_suffix(".csv") if out else paths.history(classifier_name(training)),
         )
 
@@ -128,35 +138,36 @@ def train_ebm(
             "smooth_convergent."
         ),
     ],
-    params_file: ParamsFile = DEFAULT_PARAMS,
     images: ImagesFile = None,
     start: Annotated[
         Path | None, typer.Option(help="State that the adam phase left; default its .state.pt.")
     ] = None,
     out: Out = None,
-    device: Device = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
 ) -> None:
     """Train the energy, Algorithm 2, one phase. Resumes after a kill."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
+    with checked(dataset) as params:
         from stages import train_ebm as stage
-        from stages.hardware import Hardware
 
         paths, name = Paths(params.run, dataset), f"ebm_{phase}"
         stage.run(
             params,
             dataset,
             phase,
-            Hardware.choose(device, None, time_limit, checkpoint),
+            options.given.hardware(),
             images=images or paths.images,
             start=start or paths.state(f"ebm_{'smooth_' * phase.startswith('smooth_')}adam"),
-            out=weights(out, paths.model(name)),
+            out=_weights(out, paths.model(name)),
             state_out=out.with_suffix(".state.pt") if out else paths.state(name),
             snapshots_out=_snapshots(paths, phase, out),
             history=out.with_suffix(".csv") if out else paths.history(name),
         )
+
+
+def _weights(out: Path | None, usual: Path) -> Path:
+    """Where trained weights go; the curve of their training goes beside them as .csv."""
+    if out is not None and out.suffix == ".csv":
+        raise StageError(f"{out}: expected another ending than .csv, which is that of the curve")
+    return out or usual
 
 
 def _snapshots(paths: Paths, phase: str, out: Path | None) -> Path | None:
@@ -178,7 +189,6 @@ def attack(
             "under evaluate.attacks in params.yaml."
         ),
     ],
-    params_file: ParamsFile = DEFAULT_PARAMS,
     images: ImagesFile = None,
     classifier: ClassifierFile = None,
     energy: EnergyFile = None,
@@ -191,27 +201,25 @@ def attack(
     ] = None,
     out: Out = None,
     resume: Resume = True,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
 ) -> None:
     """Attack the classifier or its defense on test images; print every accuracy and flag."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
+    with checked(dataset) as params:
         limits = _limits(subset)
         own = attack not in TABLE_ATTACKS or any((images, classifier, energy, pgd, subset))
         from stages import attack as stage, tables
-        from stages.hardware import Hardware
 
         paths = Paths(params.run, dataset)
+        trained = paths.classifier(PGD_ATTACKS.get(attack, "natural"))
         result = stage.run(
             params,
             dataset,
             attack,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            attack_files(
-                paths, images, classifier, energy, pgd, training=PGD_ATTACKS.get(attack, "natural")
+            options.given.hardware(),
+            stage.Files(
+                images or paths.images,
+                classifier or trained,
+                energy or paths.model("ebm_convergent"),
+                pgd or paths.record("pgd"),
             ),
             out or (paths.own(f"{attack}.safetensors") if own else paths.record(attack)),
             subset=limits,
@@ -236,7 +244,6 @@ def evaluate(
     name: Annotated[
         str, typer.Argument(metavar="ENERGY", help="convergent or smooth_convergent.")
     ] = "convergent",
-    params_file: ParamsFile = DEFAULT_PARAMS,
     images: ImagesFile = None,
     classifier: ClassifierFile = None,
     energy: EnergyFile = None,
@@ -246,60 +253,165 @@ def evaluate(
         typer.Option(file_okay=False, help="Folder for the records; default as dvc.yaml states."),
     ] = None,
     resume: Resume = True,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
 ) -> None:
     """Run every attack under evaluate.attacks on the defense; print all accuracies and flags."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
+    with checked(dataset) as params:
         if energy is None and name not in EVALUATED:
             raise StageError(f"energy: expected one of {list(EVALUATED)}, got {name!r}")
         own = any((images, classifier, energy, pgd))
         from stages import evaluate as stage, tables
-        from stages.hardware import Hardware
+        from stages.attack import Files
 
         paths = Paths(params.run, dataset)
         results = stage.run(
             params,
             dataset,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            attack_files(paths, images, classifier, energy, pgd, phase=name),
+            options.given.hardware(),
+            Files(
+                images or paths.images,
+                classifier or paths.classifier(),
+                energy or paths.model(f"ebm_{name}"),
+                pgd or paths.record("pgd"),
+            ),
             out or (paths.own(f"evaluate_{name}") if own else paths.evaluation(name)),
             afresh=not resume,
         )
         tables.show_attacks(results, params.evaluate.draws)
 
 
+def study(name: str, *inputs: str, says: str) -> None:
+    """A command for a stage that reads some of `INPUTS` and writes one record."""
+
+    def command(dataset: str, out: Path | None, **files: Path | None) -> None:
+        with checked(dataset) as params:
+            paths, stage = Paths(params.run, dataset), import_module(f"stages.{name}")
+            read = {role: files[role] or INPUTS[role].usual(paths) for role in inputs}
+            out = out or place(paths, name, *files.values())
+            stage.run(params, dataset, options.given.hardware(), **read, out=out)
+
+    def parameter(role: str, annotation: Any, default: object = None) -> Parameter:
+        kind = Parameter.POSITIONAL_OR_KEYWORD
+        return Parameter(role, kind, default=default, annotation=annotation)
+
+    command.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            parameter("dataset", Dataset, Parameter.empty),
+            *(parameter(role, Annotated[Path | None, INPUTS[role].option]) for role in inputs),
+            parameter("out", Out),
+        ]
+    )
+    app.command(name.replace("_", "-"), help=says)(command)
+
+
+study(
+    "active_test",
+    *("images", "classifier", "energy"),
+    says="Plant adversarial images that evaluate.active_test.attack has to find.",
+)
+study(
+    "compare",
+    *("images", "classifier", "convergent", "nonconvergent", "pgd"),
+    says="Compare convergent with non-convergent learning over the number of Langevin steps.",
+)
+study(
+    "sweep",
+    *("images", "classifier", "adversarial", "energy"),
+    says="Attack over the radius in both norms, and over the replicas of attacker and defender.",
+)
+study(
+    "lyapunov",
+    *("images", "energy", "smooth"),
+    says="Measure the maximal Lyapunov exponent of the chain over the strength of its noise.",
+)
+study(
+    "fid",
+    *("images", "classifier", "convergent", "nonconvergent"),
+    says="Measure the Frechet distance to the training images along chains that start from them.",
+)
+study(
+    "diagnose",
+    *("images", "classifier", "energy", "pgd"),
+    says="Record the spread of the defense's logits over its replicas, and one image's whole way.",
+)
+
+
 @app.command()
-def active_test(
-    dataset: Dataset,
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    images: ImagesFile = None,
-    classifier: ClassifierFile = None,
-    energy: EnergyFile = None,
-    out: Out = None,
-    device: Device = None,
-    max_chains: MaxChains = None,
-    time_limit: TimeLimit = None,
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Plant adversarial images that evaluate.active_test.attack has to find."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
-        from stages import active_test as stage
-        from stages.hardware import Hardware
+def snapshots(dataset: Dataset, out: Out = None) -> None:
+    """Go on with the training's own chains for many steps, under the weights of each moment."""
+    with checked(dataset) as params:
+        from stages import snapshots as stage
 
         paths = Paths(params.run, dataset)
+        moments = {phase: paths.snapshots(f"ebm_{phase}") for phase in ("adam", *MODELS)}
+        out = out or paths.record("snapshots")
+        stage.run(params, dataset, options.given.hardware(), moments, out)
+
+
+@app.command()
+def inspect(
+    dataset: Dataset,
+    phase: Annotated[
+        str, typer.Argument(help="A phase of train-ebm, such as convergent.")
+    ] = "convergent",
+    images: ImagesFile = None,
+    energy: Annotated[
+        Path | None, typer.Option(help="Energy weights; default those of the phase.")
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="State of its training, with the persistent chains; default beside it."),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Follow long chains under an energy: is it convergent?"""
+    with checked(dataset) as params:
+        from stages import inspect as stage
+
+        paths = Paths(params.run, dataset)
+        weights = energy or paths.model(f"ebm_{phase}")
         stage.run(
             params,
             dataset,
-            Hardware.choose(device, max_chains, time_limit, checkpoint),
-            attack_files(paths, images, classifier, energy, None),
-            out or place(paths, "active_test", images, classifier, energy),
+            phase,
+            options.given.hardware(),
+            images=images or paths.images,
+            energy=weights,
+            state=state or weights.with_suffix(".state.pt"),
+            out=out or place(paths, f"inspect_{phase}", images, energy, state),
         )
 
 
-app.add_typer(studies.app)
+@app.command()
+def report(
+    out: Annotated[Path | None, typer.Option(help="Folder; default reports/RUN.")] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="Keep the records, without their images, in the folder `records` of the report. "
+            "From then on the report can be made again where artifacts/ is gone.",
+        ),
+    ] = False,
+) -> None:
+    """Write Tables 1-3 and the figures from the records; print the tables."""
+    with checked() as params:
+        from stages import report as stage
+
+        out = out or reports(params.run)
+        kept = out / KEPT_RECORDS
+        stage.run(params, out, kept=kept if keep or kept.is_dir() else None)
+        say(f"report: {out}")
+
+
+@app.command()
+def publish(
+    out: Annotated[Path | None, typer.Option(help="Folder; default pretrained/RUN.")] = None,
+) -> None:
+    """Put the trained energies where git keeps them, with a card that says what they are."""
+    with checked() as params:
+        from stages import publish as stage
+
+        stage.run(params, out or pretrained(params.run))
+
+
 app.add_typer(tools.app)

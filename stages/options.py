@@ -1,11 +1,13 @@
-"""What the commands share: options, and how a command ends."""
+"""What the commands share: the options of all of them, and how a command ends."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from stages import FAILED, TIME_IS_UP, TOO_SHORT, StageError, Stopped, WindowTooShort
 from stages.console import say
@@ -13,9 +15,8 @@ from stages.files import Paths
 from stages.params import Params, load_params
 
 if TYPE_CHECKING:
-    from stages.attack import Files
+    from stages.hardware import Hardware
 
-Dataset = Annotated[str, typer.Argument(help="A dataset named under `datasets` in params.yaml.")]
 ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the experiment.")]
 Device = Annotated[
     str | None,
@@ -46,43 +47,63 @@ Checkpoint = Annotated[
         "read if it is there, written once a minute, deleted when the work is done.",
     ),
 ]
-CodeFolder = Annotated[
-    Path, typer.Option("--out", file_okay=False, help="Folder for a small file of each stage.")
-]
-ImagesFile = Annotated[
-    Path | None,
-    typer.Option("--images", help="Images; default artifacts/RUN/data/DATASET.npz."),
-]
-ClassifierFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--classifier",
-        help="Classifier: weights of train-classifier, or any network as a .pt2 file of "
-        "torch.export, from pixels in [0, 1] to logits; default "
-        "artifacts/RUN/models/DATASET/classifier.",
-    ),
-]
-EnergyFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--energy", help="Energy weights; default artifacts/RUN/models/DATASET/ebm_convergent."
-    ),
-]
-ConvergentFile = Annotated[
-    Path | None, typer.Option("--convergent", help="Energy of phase 2; default ebm_convergent.")
-]
-NonconvergentFile = Annotated[
-    Path | None,
-    typer.Option("--nonconvergent", help="Energy of the Adam branch; default ebm_nonconvergent."),
-]
-PGDRecord = Annotated[
-    Path | None,
-    typer.Option(
-        "--pgd",
-        help="Record of PGD on the bare classifier, whose images are judged; default "
-        "artifacts/RUN/records/DATASET/pgd.",
-    ),
-]
+
+
+@dataclass(frozen=True)
+class Given:
+    """The options that every command has."""
+
+    params_file: Path = Path("params.yaml")
+    device: str | None = None
+    max_chains: int | None = None
+    time_limit: float | None = None
+    checkpoint: Path | None = None
+
+    def hardware(self) -> "Hardware":
+        """Where a command computes, and for how long."""
+        from stages.hardware import Hardware
+
+        return Hardware.choose(self.device, self.max_chains, self.time_limit, self.checkpoint)
+
+
+given = Given()
+"""Those of the command that runs: set before it."""
+
+
+class Anywhere(TyperGroup):
+    """Commands whose common options may stand before or after the name of the command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Bring these options to the front."""
+        options: list[Any] = self.get_params(ctx)
+        takes_value = {name: not option.is_flag for option in options for name in option.opts}
+        del takes_value["--help"]  # which is of the command that it follows
+        front, rest = list[str](), list[str]()
+        words = iter(args)
+        for word in words:
+            name, equals, _ = word.partition("=")
+            if word == "--":
+                rest += [word, *words]
+            elif name in takes_value:
+                front.append(word)
+                if takes_value[name] and not equals:
+                    value = next(words, None)
+                    if value is None:
+                        raise typer.BadParameter("expected a value", param_hint=name)
+                    front.append(value)
+            else:
+                rest.append(word)
+        return super().parse_args(ctx, front + rest)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command, whose help says where these options are."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            command.epilog = "`stochsec --help` lists the options of all commands."
+        return command
+
+
+Dataset = Annotated[str, typer.Argument(help="A dataset named under `datasets` in params.yaml.")]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -99,14 +120,71 @@ Out = Annotated[
     ),
 ]
 
-DEFAULT_PARAMS = Path("params.yaml")
+
+@dataclass(frozen=True)
+class Input:
+    """A file that commands read: what it is, and where the workflow has it."""
+
+    says: str
+    usual: Callable[[Paths], Path]
+
+    @property
+    def option(self) -> Any:
+        """That of a command, called after the parameter."""
+        return typer.Option(help=self.says)
+
+
+INPUTS = {
+    "images": Input("Images; default artifacts/RUN/data/DATASET.npz.", lambda at: at.images),
+    "classifier": Input(
+        "Classifier: weights of train-classifier, or any network as a .pt2 file of torch.export, "
+        "from pixels in [0, 1] to logits; default artifacts/RUN/models/DATASET/classifier.",
+        lambda at: at.classifier(),
+    ),
+    "adversarial": Input(
+        "Adversarially trained classifier; default classifier_adversarial.",
+        lambda at: at.classifier("adversarial"),
+    ),
+    "energy": Input(
+        "Energy weights; default artifacts/RUN/models/DATASET/ebm_convergent.",
+        lambda at: at.model("ebm_convergent"),
+    ),
+    "convergent": Input(
+        "Energy of phase 2; default ebm_convergent.", lambda at: at.model("ebm_convergent")
+    ),
+    "nonconvergent": Input(
+        "Energy of the Adam branch; default ebm_nonconvergent.",
+        lambda at: at.model("ebm_nonconvergent"),
+    ),
+    "smooth": Input(
+        "Smooth energy; default ebm_smooth_convergent.",
+        lambda at: at.model("ebm_smooth_convergent"),
+    ),
+    "pgd": Input(
+        "Record of PGD on the bare classifier, whose images are judged; default "
+        "artifacts/RUN/records/DATASET/pgd.",
+        lambda at: at.record("pgd"),
+    ),
+}
+ImagesFile = Annotated[Path | None, INPUTS["images"].option]
+ClassifierFile = Annotated[Path | None, INPUTS["classifier"].option]
+EnergyFile = Annotated[Path | None, INPUTS["energy"].option]
+PGDRecord = Annotated[Path | None, INPUTS["pgd"].option]
+
+
+def place(paths: Paths, record: str, *given: Path | None) -> Path:
+    """Where a record goes: that of the workflow, or beside it if it is of files that were given."""
+    return paths.own(f"{record}.safetensors") if any(given) else paths.record(record)
 
 
 @contextmanager
-def checked(params_file: Path) -> Iterator[Params]:
-    """Validated parameters for a stage that ends as `mendable` says."""
+def checked(dataset: str | None = None) -> Iterator[Params]:
+    """Validated parameters, which have the dataset, for a command that ends as `mendable` says."""
     with mendable():
-        yield load_params(params_file)
+        params = load_params(given.params_file)
+        if dataset is not None:
+            params.dataset(dataset)
+        yield params
 
 
 @contextmanager
@@ -124,36 +202,3 @@ def mendable() -> Iterator[None]:
     except Stopped as stop:
         say(str(stop))
         raise typer.Exit(TIME_IS_UP if stop.time_is_up else 130) from None
-
-
-def attack_files(
-    paths: Paths,
-    images: Path | None,
-    classifier: Path | None,
-    energy: Path | None,
-    pgd: Path | None,
-    *,
-    phase: str = "convergent",
-    training: str = "natural",
-) -> "Files":
-    """What was given, and for the rest what the workflow has made."""
-    from stages.attack import Files
-
-    return Files(
-        images=images or paths.images,
-        classifier=classifier or paths.classifier(training),
-        energy=energy or paths.model(f"ebm_{phase}"),
-        pgd=pgd or paths.record("pgd"),
-    )
-
-
-def weights(given: Path | None, usual: Path) -> Path:
-    """Where trained weights go; the curve of their training goes beside them as .csv."""
-    if given is not None and given.suffix == ".csv":
-        raise StageError(f"{given}: expected another ending than .csv, which is that of the curve")
-    return given or usual
-
-
-def place(paths: Paths, record: str, *given: Path | None) -> Path:
-    """Where a record goes: that of the workflow, or beside it if it is of files that were given."""
-    return paths.own(f"{record}.safetensors") if any(given) else paths.record(record)

@@ -5,22 +5,10 @@ from typing import Annotated
 
 import typer
 
-from stages import StageError, presets
+from stages import StageError, options, presets
 from stages.console import say
 from stages.files import NETWORK_TIMES, Paths, write_text
-from stages.options import (
-    DEFAULT_PARAMS,
-    ClassifierFile,
-    Dataset,
-    Device,
-    EnergyFile,
-    MaxChains,
-    ParamsFile,
-    TimeLimit,
-    attack_files,
-    checked,
-    mendable,
-)
+from stages.options import ClassifierFile, Dataset, EnergyFile, checked, mendable
 
 app = typer.Typer()
 
@@ -34,20 +22,17 @@ def bench(
         Path, typer.Option(file_okay=False, help="Folder for numbers, table and plot.")
     ] = Path("reports/bench"),
     rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 7,
-    device: Device = None,
 ) -> None:
     """Time chains, training and attack against a plain torch loop and the machine's limits."""
     with mendable():
         from stages import bench as stage
-        from stages.hardware import Hardware
 
-        stage.run(Hardware.choose(device), rounds, out, json_path)
+        stage.run(options.given.hardware(), rounds, out, json_path)
 
 
 @app.command()
 def bench_attack(
     dataset: Dataset,
-    params_file: ParamsFile = DEFAULT_PARAMS,
     images: Annotated[int, typer.Option(min=1, help="Test images to attack.")] = 50,
     steps: Annotated[int, typer.Option(min=0, help="N, the updates of the attack.")] = 50,
     block: Annotated[int, typer.Option(min=1, help="Images that are attacked together.")] = 25,
@@ -56,21 +41,23 @@ def bench_attack(
     out: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for numbers and table.")
     ] = Path("reports/bench"),
-    device: Device = None,
-    max_chains: MaxChains = None,
 ) -> None:
     """Time Algorithm 1 as it is printed against the way that `attack` runs it."""
-    with checked(params_file) as params:
-        params.dataset(dataset)
+    with checked(dataset) as params:
         from stages import bench_attack as stage
-        from stages.hardware import Hardware
+        from stages.attack import Files
 
         paths = Paths(params.run, dataset)
         stage.run(
             params,
             dataset,
-            Hardware.choose(device, max_chains),
-            attack_files(paths, None, classifier, energy, None),
+            options.given.hardware(),
+            Files(
+                paths.images,
+                classifier or paths.classifier(),
+                energy or paths.model("ebm_convergent"),
+                paths.record("pgd"),
+            ),
             images=images,
             steps=steps,
             block=block,
@@ -86,14 +73,12 @@ def bench_networks(
     ] = NETWORK_TIMES,
     rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 7,
     batch: Annotated[int, typer.Option(min=1, help="Images that are sampled together.")] = 100,
-    device: Device = None,
 ) -> None:
     """Time Langevin steps of the paper's energy against networks of IGEBM's and JEM's size."""
     with mendable():
         from stages import bench_networks as stage
-        from stages.hardware import Hardware
 
-        stage.run(Hardware.choose(device), rounds, out, batch=batch)
+        stage.run(options.given.hardware(), rounds, out, batch=batch)
 
 
 @app.command()
@@ -102,32 +87,29 @@ def run_all(
         list[str] | None,
         typer.Argument(help="Stages of dvc.yaml, in this order, such as ebm_adam; default all."),
     ] = None,
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    device: Device = None,
-    time_limit: TimeLimit = None,
 ) -> None:
     """Run stages of dvc.yaml whose outs are missing or older than what they read, without DVC.
 
     It does not see that parameters or code have changed; `dvc repro` does.
     """
-    with checked(params_file) as params:
+    with checked() as params:
         from stages import run_all as stage
 
-        status = stage.run(params, params_file, stages or (), time_limit, device)
+        own = options.given
+        status = stage.run(params, own.params_file, stages or (), own.time_limit, own.device)
         if status:
             raise typer.Exit(status)
 
 
 @app.command()
 def cost(
-    params_file: ParamsFile = DEFAULT_PARAMS,
     bench: Annotated[
         Path | None,
         typer.Option(help="Numbers of `stochsec bench` on the machine in question, for hours."),
     ] = None,
 ) -> None:
     """Count what the experiment costs, stage by stage, before anybody runs it."""
-    with checked(params_file) as params:
+    with checked() as params:
         from stages import cost as stage
 
         stage.run(params, bench)
@@ -136,15 +118,12 @@ def cost(
 @app.command("export")
 def export_results(
     out: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="A new .zip file.")],
-    params_file: ParamsFile = DEFAULT_PARAMS,
-    device: Device = None,
 ) -> None:
     """Pack records and networks of the run into one file, for `import` on another machine."""
-    with checked(params_file) as params:
+    with checked() as params:
         from stages import results
-        from stages.hardware import Hardware
 
-        results.pack(params, Hardware.choose(device), out)
+        results.pack(params, options.given.hardware(), out)
 
 
 @app.command("import")
@@ -181,7 +160,6 @@ def preset(
             help="A file in presets/, such as digits or paper; without a name, list them."
         ),
     ] = None,
-    params_file: ParamsFile = DEFAULT_PARAMS,
     values: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another value, as in langevin.K=2000."),
@@ -197,7 +175,7 @@ def preset(
         if name is None:
             say("presets: " + ", ".join(presets.names()))
             return
-        text = presets.text(name, values or ())
+        text, params_file = presets.text(name, values or ()), options.given.params_file
         if not force and params_file.exists():
             presets.refuse_to_lose(params_file)
         write_text(params_file, text)

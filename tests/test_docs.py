@@ -103,6 +103,8 @@ def test_every_command_and_option_is_listed() -> None:
 def test_command_lines_parse(line: str) -> None:
     name, *words = shlex.split(line, comments=True)
     if "--help" not in (name, *words):
+        whole = GROUP.make_context("stochsec", [name, *words])  # takes the common options out
+        name, *words = [*whole._protected_args, *whole.args]
         GROUP.commands[name].make_context(name, words)
 
 
@@ -140,3 +142,21 @@ def test_the_site_builds_without_a_warning_and_stands_alone(tmp_path: Path) -> N
         assert not re.search(r"<link[^>]+rel=\"?(?:stylesheet|preconnect)[^>]+//", html)
         for source in re.findall(r"<img[^>]+src=\"?([^\" >]+)", html):
             assert (tmp_path / source).is_file(), source
+
+
+def test_the_method_on_one_page_runs_and_stays_on_one(capsys) -> None:
+    """In small: what it prints then means nothing."""
+    source = (ROOT / "example.py").read_text()
+    assert len(source.splitlines()) < 100
+    for whole, small in (
+        ("K = 50", "K = 2"),
+        ("range(15)", "range(1)"),
+        ("range(700)", "range(2)"),
+    ):
+        assert source.count(whole) == 1
+        source = source.replace(whole, small)
+    exec(compile(source, "example.py", "exec"), {})
+    header, bare, defended = capsys.readouterr().out.splitlines()
+    assert header.endswith("BPDA+EOT")
+    assert bare.startswith("bare classifier")
+    assert defended.startswith("with 2 Langevin steps")

@@ -264,3 +264,22 @@ def test_the_name_of_an_attack_is_not_taken_twice() -> None:
     values["evaluate"]["attacks"]["pgd"] = values["evaluate"]["attacks"]["exact"]
     with pytest.raises(StageError, match="'pgd' is the name of another attack"):
         validate_params(values, Path("params.yaml"))
+
+
+@pytest.mark.parametrize(
+    "line", ["--params {} check-params", "check-params --params {}", "check-params --params={}"]
+)
+def test_common_options_may_stand_anywhere(tmp_path: Path, line: str) -> None:
+    result = CliRunner().invoke(app, line.format(tmp_path / "none.yaml").split())
+    assert result.exit_code == 2
+    assert "none.yaml: no such file" in result.output
+
+
+def test_a_common_option_without_a_value_is_said() -> None:
+    result = CliRunner().invoke(app, ["check-params", "--params"])
+    assert result.exit_code == 2
+    assert "--params: expected a value" in result.output
+
+
+def test_the_help_of_a_command_says_where_the_common_options_are() -> None:
+    assert "stochsec --help" in CliRunner().invoke(app, ["attack", "--help"]).output
