@@ -1,5 +1,6 @@
-# `make tables` runs the whole experiment, `make test` checks the code, `make check-cifar10` looks at
-# the published CIFAR-10 networks, `make docs` builds site/; all set themselves up. PRESET=paper (or
+# `make tables` runs the experiment as far as Tables 1-3, `make test` checks the code,
+# `make check-cifar10` looks at the published CIFAR-10 networks, `make docs` builds site/; all set
+# themselves up. PRESET=paper (or
 # any file in presets/) switches params.yaml first. See README.md.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,8 +15,11 @@ tables: $(VENV)/.installed
 	$(if $(PRESET),$(BIN)/stochsec preset $(PRESET))
 	@# A copy without its history, such as a ZIP of the repository: DVC has to be told.
 	@git rev-parse -q --git-dir > /dev/null 2>&1 || $(BIN)/dvc config --local core.no_scm true
-	$(BIN)/dvc repro
-	@! git rev-parse -q --git-dir > /dev/null 2>&1 || git diff --quiet -- dvc.lock reports pretrained || echo "\
+	$(BIN)/dvc repro tables
+	@run=$$(sed -n 's/^run: *\([a-z0-9_]*\).*/\1/p' params.yaml); echo; cat artifacts/$$run/tables/*/summary.md; echo "\n\
+	Tables 1-3 and Figure 4 are in artifacts/$$run/tables. \"$(BIN)/dvc repro\" adds every other attack and\n\
+	study, and writes the report: reports/$$run/index.html."
+	@! git rev-parse -q --git-dir > /dev/null 2>&1 || git diff --quiet -- dvc.lock || echo "\n\
 	Results differ from the committed ones, as they may with another version of torch or of a CPU.\n\
 	Keep them with: git add dvc.lock reports pretrained && git commit -m 'Results of this machine'\n\
 	Without that, \"git checkout .\" forgets which results these are, and they are computed again."

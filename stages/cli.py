@@ -383,7 +383,17 @@ def inspect(
 
 @app.command()
 def report(
-    out: Annotated[Path | None, typer.Option(help="Folder; default reports/RUN.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Argument(
+            help="Only Tables 1-3 as far as they are about this dataset, and Figure 4: all that "
+            "does not need the studies."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder; default reports/RUN, of a dataset artifacts/RUN/tables."),
+    ] = None,
     keep: Annotated[
         bool,
         typer.Option(
@@ -394,9 +404,12 @@ def report(
     ] = False,
 ) -> None:
     """Write Tables 1-3 and the figures from the records; print the tables."""
-    with checked() as params:
+    with checked(dataset) as params:
         from stages import report as stage
 
+        if dataset is not None:
+            stage.first(params, dataset, out or Paths(params.run, dataset).tables)
+            return
         out = out or reports(params.run)
         kept = out / KEPT_RECORDS
         stage.run(params, out, kept=kept if keep or kept.is_dir() else None)

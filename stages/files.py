@@ -68,6 +68,11 @@ class Paths:
         """The folder of all attacks on the defense with one energy, a record each."""
         return self.root / f"artifacts/{self.run}/records/{self.dataset}/evaluate_{energy}"
 
+    @property
+    def tables(self) -> Path:
+        """The folder of Tables 1-3 and Figure 4 before the studies are there."""
+        return self.root / f"artifacts/{self.run}/tables/{self.dataset}"
+
     def own(self, name: str) -> Path:
         """Where a record goes that is not the workflow's: of other files, images or attacks."""
         return self.root / f"artifacts/{self.run}/own/{self.dataset}/{name}"

@@ -51,6 +51,23 @@ def run(params: Params, out: Path, root: Path = Path(), *, kept: Path | None = N
             write(params, partial, root)
 
 
+def first(params: Params, dataset: str, out: Path, root: Path = Path()) -> None:
+    """Tables 1-3 as far as one dataset goes, and Figure 4, before the studies are there."""
+    paths = Paths(params.run, dataset, root)
+    records = [paths.record(attack) for attack in TABLE_ATTACKS]
+    check_together({path: about_of(path) for path in records if path.exists()})
+    results = found(
+        judged(path, params, attack) for path, attack in zip(records, TABLE_ATTACKS, strict=True)
+    )
+    if not results:
+        raise StageError(f"{records[0].parent}: no records of attacks")
+    with WholeFolder(out, "summary.md") as partial:
+        measured = rows.rows(results, params.evaluate.draws)
+        tables.write(params.model_copy(update={"datasets": (dataset,)}), measured, None, partial)
+        over_chain_lengths(params, paths, partial)
+    say(f"tables: {out}")
+
+
 def write(params: Params, out: Path, root: Path) -> None:
     """Tables, figures, findings and provenance into an empty folder."""
     compared_paths = Paths(params.run, params.compare_dataset, root)
@@ -78,6 +95,9 @@ def write(params: Params, out: Path, root: Path) -> None:
         metrics["defended_every_attack"] = round(strongest.value, 4)
 
     metrics |= over_chain_lengths(params, compared_paths, out)
+    levels = energies_of_images(params, compared_paths)
+    if levels:
+        style.draw(pictures.energies_of_images(levels), out, "figure7_energies")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     tables.write(params, measured[measured.attack.isin(TABLE_ATTACKS)], strongest, out)
 
@@ -120,7 +140,7 @@ def found(records: Iterable[AttackResult | None]) -> list[AttackResult]:
 
 
 def over_chain_lengths(params: Params, paths: Paths, out: Path) -> dict[str, object]:
-    """Figures 4 and 7, from the comparison of both kinds of learning; its part of the metrics."""
+    """Figure 4, from the comparison of both kinds of learning; its part of the metrics."""
     compared = study(params, paths, "compare")
     if compared is None:
         return {}
@@ -132,8 +152,6 @@ def over_chain_lengths(params: Params, paths: Paths, out: Path) -> dict[str, obj
     style.draw(figures.over_steps(curve, params.langevin.K), out, "figure4_accuracy")
     style.draw(pictures.two_models(compared), out, "figure4_samples")
     style.draw(pictures.energy_over_steps(compared), out, "figure4_energies")
-    if levels := energies_of_images(compared, paths):
-        style.draw(pictures.energies_of_images(levels), out, "figure7_energies")
     return rows.lost_at_longest(curve)
 
 
@@ -211,9 +229,12 @@ def stepping(results: list[AttackResult], usual: float) -> list[AttackResult]:
     return [r for r in results if r.about.get("rule") and r.about["eps_255"] == usual]
 
 
-def energies_of_images(compared: dict[str, Tensor], paths: Paths) -> dict[str, dict[str, Tensor]]:
+def energies_of_images(params: Params, paths: Paths) -> dict[str, dict[str, Tensor]]:
     """Energies of natural, PGD and noise images, by model; of the models that were inspected."""
-    levels = {}
+    levels: dict[str, dict[str, Tensor]] = {}
+    compared = study(params, paths, "compare")
+    if compared is None:
+        return levels
     for model in MODELS:
         inspected = paths.record(f"inspect_{model}")
         if inspected.exists():

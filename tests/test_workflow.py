@@ -141,7 +141,7 @@ def test_imports_in_the_library_go_one_way() -> None:
 def test_paths_in_the_graph_are_those_of_the_code() -> None:
     paths = Paths("RUN", "SET")
     known = {str(paths.images), str(paths.checked), "artifacts/RUN/records", "reports/RUN"}
-    known |= {"artifacts/RUN/models", "pretrained/RUN"}
+    known |= {"artifacts/RUN/models", "pretrained/RUN", str(paths.tables)}
     classifiers = [classifier_name(training) for training in TRAININGS]
     energies = [f"ebm_{phase}" for phase in PHASES]
     known |= {str(paths.model(name)) for name in (*classifiers, *energies)}

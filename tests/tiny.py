@@ -142,6 +142,7 @@ STAGES = [
     "evaluate digits smooth_convergent",
     "active-test digits",
     "compare digits",
+    "report digits",
     "sweep digits",
     "snapshots digits",
     "lyapunov digits",
