@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from defense.chain_gradient import HessianProduct
 from defense.compiled import images_at_once
 from defense.energy import ConvEnergy, SmoothLeakyReLU
-from defense.precision import tensor_cores
+from defense.precision import Precision, check_precision, tensor_cores
 from defense.written_gradient import WrittenGradient
 
 Bend = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -54,33 +54,37 @@ def bend_of(activation: nn.Module) -> Bend | None:
 
 
 class WrittenHessian(WrittenGradient):
-    """H(x) v of a `ConvEnergy` with the weights that it has now, in float32.
+    """H(x) v of a `ConvEnergy` with the weights that it has now, computed in ``precision``.
 
     ``like`` are images (N,C,S,S) like those that it will be given, at most N at a time; ``times``
     is how often it will be asked. The images go through the network in pieces, as in the chain.
     """
 
-    def __init__(self, energy: ConvEnergy, like: Tensor, times: int) -> None:
-        most = images_at_once(energy, "float32", like.device) // 2
+    def __init__(
+        self, energy: ConvEnergy, like: Tensor, times: int, precision: Precision = "float32"
+    ) -> None:
+        self.precision = check_precision(precision)
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        most = images_at_once(energy, precision, like.device) // 2
         self.most = max(1, min(len(like), most))
-        super().__init__(energy, [2 * self.most, *like.shape[1:]], torch.float32, times)
+        super().__init__(energy, [2 * self.most, *like.shape[1:]], dtype, times)
         convolutions = cast(list[nn.Conv2d], energy.layers[:-1:2])
-        self.biases = [cast(Tensor, conv.bias).detach() for conv in convolutions]
+        self.biases = [cast(Tensor, conv.bias).detach().to(dtype) for conv in convolutions]
         self.bend = bend_of(energy.layers[1])
 
     @torch.no_grad()
     def product(self, x: Tensor, v: Tensor) -> Tensor:
-        """H(x) v: x, v (N,C,S,S) float32 -> the same shape; on CUDA without tensor cores."""
+        """H(x) v: x, v (N,C,S,S) float32 -> the same kind."""
         if self.bend is None:
             return torch.zeros_like(v)
         parts = zip(x.split(self.most), v.split(self.most), strict=True)
-        with tensor_cores("float32"), torch.autocast(x.device.type, enabled=False):
+        with tensor_cores(self.precision), torch.autocast(x.device.type, enabled=False):
             return torch.cat([self._product(*part, self.bend) for part in parts])
 
     def _product(self, x: Tensor, v: Tensor, bend: Bend) -> Tensor:
         """Side by side: value and tangent of every layer on the way up, of its gradient back."""
         count, kept = len(x), []
-        pair = torch.cat([x, v])
+        pair = torch.cat([x, v]).to(self.dtype)
         for (forward, _), bias in zip(self.layers, self.biases, strict=True):
             pair = forward(pair)
             h, tangent = pair[:count], pair[count:].sub_(bias)
@@ -93,11 +97,13 @@ class WrittenHessian(WrittenGradient):
         ):
             both = backward(torch.cat([g * slope, g_tangent * slope + g * change]))
             g, g_tangent = both[:count], both[count:]
-        return g_tangent
+        return g_tangent.to(x.dtype)
 
 
-def written_product(energy: nn.Module, like: Tensor, times: int) -> HessianProduct:
+def written_product(
+    energy: nn.Module, like: Tensor, times: int, *, precision: Precision = "float32"
+) -> HessianProduct:
     """The fast `defense.chain_gradient.autograd_product`, of a `ConvEnergy` only."""
     if not isinstance(energy, ConvEnergy):
         raise ValueError(f"energy: expected a ConvEnergy, got {type(energy).__name__}")
-    return WrittenHessian(energy, like, times).product
+    return WrittenHessian(energy, like, times, precision).product

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Nets:
             chain=self.chain(steps),
             gradient=gradient,
             softness=self.params.evaluate.softness,
-            product=written_product,
+            product=partial(written_product, precision=self.params.langevin.precision),
         )
 
 

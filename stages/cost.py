@@ -200,7 +200,7 @@ def prices_of(params: Params, dataset: str) -> dict[str, tuple[Timed, int]]:
     return {
         "chain": (chain, step),
         "replay": (chain, step),
-        "product": (chain._replace(precision="float32"), PRODUCT * step),
+        "product": (chain, PRODUCT * step),
         "sample": (update, step),
         "learn": (update, flops(energy, x, weights=True)),
         "look": (asked, flops(classifier, x, back=False)),

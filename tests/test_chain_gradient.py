@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from defense.energy import ACTIVATIONS, ConvEnergy, SmoothLeakyReLU
 from defense.eot import EOTDefense
 from defense.langevin import LangevinConfig, langevin
 from defense.pixels import to_net, to_pixels
+from defense.purifier import LangevinPurifier
 from defense.written_hessian import WrittenHessian, written_product
 from tests.chains import SHAPES, make_energy, make_images, relative_difference
 
@@ -134,6 +136,22 @@ def test_the_written_product_is_autograds(
             assert not expected.any()
         else:
             assert relative_difference(ours, expected) < 1e-4
+
+
+@pytest.mark.parametrize("activation", ["silu", "smooth_leaky_relu", "softplus"])
+@pytest.mark.parametrize("shape", ["digits", "paper"])
+def test_the_way_back_in_bfloat16_is_near_that_in_float32(shape: str, activation: str) -> None:
+    energy = make_energy(shape, activation).requires_grad_(False)
+    x = make_images(shape, 4)
+    v = torch.sign(torch.randn(x.shape, generator=seeded(1)))
+    config, chain, ways = LangevinConfig(12, TAU), CompiledLangevin(precision="bfloat16"), []
+    for precision in ("float32", "bfloat16"):
+        product = partial(written_product, precision=precision)
+        purifier = LangevinPurifier(energy, config, chain=chain, product=product)
+        ways.append(purifier.with_way_back(to_pixels(x), generator=seeded())[1](v))
+    exact, low = (way - v for way in ways)
+    assert exact.norm() > 0.01 * v.norm(), "the chain changes the gradient"
+    assert 0 < relative_difference(low, exact) < 0.08
 
 
 def test_the_written_product_is_of_a_conv_energy_only(quadratic) -> None:
