@@ -313,7 +313,7 @@ def evaluation(params: Params, phase: str) -> Work:
     """Transferred images, and every attack that the energy allows."""
     work = 2 * judged(params.langevin.K, params.langevin.H_def)
     for named in params.evaluate.attacks.values():
-        if named.gradient != "smoothed" or not has_smooth_chains(params, phase):
+        if not named.left_out(phase, corners=not has_smooth_chains(params, phase)):
             work += defended(params, phase, named)
     return params.evaluate.images * work
 

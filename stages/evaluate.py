@@ -6,7 +6,7 @@ from defense.chain_gradient import has_corners
 from stages import attack
 from stages.console import say
 from stages.energies import load_energy
-from stages.files import WholeFolder
+from stages.files import WholeFolder, energy_name
 from stages.hardware import Hardware
 from stages.params import TRANSFER, Params
 from stages.records import AttackResult
@@ -24,14 +24,16 @@ def run(
 ) -> list[AttackResult]:
     """Transferred images and the attacks of params.yaml, one record each in the folder ``out``.
 
-    Corners of an energy that has none are not smoothed: such an attack is left out.
+    Left out are attacks that are for another energy, and those that smooth corners where there are
+    none.
     """
     whole = WholeFolder(out, f"{TRANSFER}.safetensors")
     corners = has_corners(load_energy(params, dataset, hardware, files.energy))
     names = [TRANSFER]
     for name, named in params.evaluate.attacks.items():
-        if named.gradient == "smoothed" and not corners:
-            say(f"{name} {dataset}: left out, {files.energy.stem} has no corners to smooth")
+        why = named.left_out(energy_name(files.energy), corners=corners)
+        if why:
+            say(f"{name} {dataset}: left out, {why}")
         else:
             names.append(name)
 

@@ -132,10 +132,11 @@ class Params(Section):
             if named.loss == "dlr" and classes < 3:
                 raise ValueError(f"{where}.loss: dlr expects at least 3 classes, got {classes}")
         tested = self.evaluate.attacks[self.evaluate.active_test.attack]
-        if tested.loss == "dlr" or tested.scale == 0:
+        if tested.loss == "dlr" or tested.scale == 0 or tested.energy not in (None, MODELS[0]):
             raise ValueError(
                 "evaluate.active_test.attack: expected one with a radius and another loss than dlr "
-                f"(there are two classes), got {self.evaluate.active_test.attack!r}"
+                f"(there are two classes) that is run on the energy {MODELS[0]}, got "
+                f"{self.evaluate.active_test.attack!r}"
             )
         return self
 

@@ -15,6 +15,7 @@ from stages import StageError
 from stages.params import presets_folder, validate_params
 
 BASE = "digits"
+OWN_NAMES = ("data.", "evaluate.attacks.")  # where a preset may have more than the base
 
 
 def names() -> list[str]:
@@ -75,7 +76,7 @@ def _set(values: CommentedMap, change: str) -> None:
 def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str = "") -> None:
     """Put the differences into the base; its datasets are those that both name, or the preset's."""
     for key, value in differences.items():
-        if where == "data." and key not in base:
+        if where in OWN_NAMES and key not in base:
             base[key] = value
         elif key not in base:
             raise StageError(f"presets/{name}.yaml: {where}{key}: no such parameter")

@@ -176,7 +176,8 @@ class NamedAttack(Section):
     """One attack on the defense; ``scale`` multiplies attack.eps_255 and attack.step_255.
 
     Without ``stop_at_break`` it goes on to the end, for the strongest images to judge afresh.
-    ``H_adv`` replicas give its losses and gradients; without it, langevin.H_adv.
+    ``H_adv`` replicas give its losses and gradients; without it, langevin.H_adv. ``energy`` is the
+    only one that an evaluation runs it on; without it, both.
     """
 
     rule: Literal["pgd", "apgd", "square", "noise"]
@@ -187,6 +188,15 @@ class NamedAttack(Section):
     scale: NotNegative
     stop_at_break: bool
     H_adv: Count | None = None
+    energy: Literal["convergent", "smooth_convergent"] | None = None
+
+    def left_out(self, energy: str, *, corners: bool) -> str | None:
+        """Why an evaluation of an energy does not run it, if so; ``corners``: has it any ReLU?"""
+        if self.energy not in (None, energy):
+            return f"it is for the energy {self.energy}"
+        if self.gradient == "smoothed" and not corners:
+            return f"{energy} has no corners to smooth"
+        return None
 
     def mode(self) -> Literal["identity", "exact", "smoothed"]:
         """How the surrogate differentiates its chains, if it is asked to."""

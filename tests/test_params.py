@@ -11,6 +11,7 @@ from defense.precision import Precision
 from stages import StageError, presets, sections
 from stages.cli import app
 from stages.params import load_params, validate_params
+from tests.tiny import tiny_params
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -283,3 +284,13 @@ def test_a_common_option_without_a_value_is_said() -> None:
 
 def test_the_help_of_a_command_says_where_the_common_options_are() -> None:
     assert "stochsec --help" in CliRunner().invoke(app, ["attack", "--help"]).output
+
+
+def test_an_attack_may_be_for_one_energy_and_corners_are_smoothed_where_there_are_some() -> None:
+    attacks = validate_params(tiny_params(), Path("params.yaml")).evaluate.attacks
+    exact = attacks["exact"].model_copy(update={"energy": "smooth_convergent"})
+    assert exact.left_out("smooth_convergent", corners=False) is None
+    assert exact.left_out("convergent", corners=True) == "it is for the energy smooth_convergent"
+    assert attacks["exact"].left_out("convergent", corners=True) is None
+    assert attacks["smoothed"].left_out("convergent", corners=True) is None
+    assert "no corners" in str(attacks["smoothed"].left_out("smooth_convergent", corners=False))
