@@ -1,7 +1,6 @@
 # `make tables` runs the experiment as far as Tables 1-3, `make test` checks the code,
 # `make check-cifar10` looks at the published CIFAR-10 networks, `make docs` builds site/; all set
-# themselves up. PRESET=paper (or
-# any file in presets/) switches params.yaml first. See README.md.
+# themselves up. PRESET=paper (or any file in presets/) switches params.yaml first. See README.md.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

@@ -1,9 +1,9 @@
 """A CPU's convolutions and matrix products, with the weights laid out for its library once.
 
-`F.conv2d` brings the weights into oneDNN's own layout anew at every call, which costs a third of
-the time of small batches. The operators that take them as laid out are private to torch
-(`torch.ops.mkldnn`: torch.compile emits them). So they are tried before they are trusted, in this
-module only; where they are missing, changed or wrong, and on a GPU, plain torch computes the same.
+`F.conv2d` brings the weights into oneDNN's own layout anew at every call. The operators that take
+them as laid out are private to torch (`torch.ops.mkldnn`: torch.compile emits them). So they are
+tried before they are trusted, in this module only; where they are missing, changed or wrong, and on
+a GPU, plain torch computes the same.
 """
 
 from collections.abc import Callable

@@ -35,6 +35,7 @@ from stages.options import (
     Resume,
     TimeLimit,
     checked,
+    located,
     mendable,
     place,
 )
@@ -209,17 +210,14 @@ def attack(
         from stages import attack as stage, tables
 
         paths = Paths(params.run, dataset)
-        trained = paths.classifier(PGD_ATTACKS.get(attack, "natural"))
+        classifier = classifier or paths.classifier(PGD_ATTACKS.get(attack, "natural"))
         result = stage.run(
             params,
             dataset,
             attack,
             options.given.hardware(),
             stage.Files(
-                images or paths.images,
-                classifier or trained,
-                energy or paths.model("ebm_convergent"),
-                pgd or paths.record("pgd"),
+                **located(paths, images=images, classifier=classifier, energy=energy, pgd=pgd)
             ),
             out or (paths.own(f"{attack}.safetensors") if own else paths.record(attack)),
             subset=limits,
@@ -263,16 +261,12 @@ def evaluate(
         from stages.attack import Files
 
         paths = Paths(params.run, dataset)
+        weights = energy or paths.model(f"ebm_{name}")
         results = stage.run(
             params,
             dataset,
             options.given.hardware(),
-            Files(
-                images or paths.images,
-                classifier or paths.classifier(),
-                energy or paths.model(f"ebm_{name}"),
-                pgd or paths.record("pgd"),
-            ),
+            Files(**located(paths, images=images, classifier=classifier, energy=weights, pgd=pgd)),
             out or (paths.own(f"evaluate_{name}") if own else paths.evaluation(name)),
             afresh=not resume,
         )
@@ -285,9 +279,8 @@ def study(name: str, *inputs: str, says: str) -> None:
     def command(dataset: str, out: Path | None, **files: Path | None) -> None:
         with checked(dataset) as params:
             paths, stage = Paths(params.run, dataset), import_module(f"stages.{name}")
-            read = {role: files[role] or INPUTS[role].usual(paths) for role in inputs}
             out = out or place(paths, name, *files.values())
-            stage.run(params, dataset, options.given.hardware(), **read, out=out)
+            stage.run(params, dataset, options.given.hardware(), **located(paths, **files), out=out)
 
     def parameter(role: str, annotation: Any, default: object = None) -> Parameter:
         kind = Parameter.POSITIONAL_OR_KEYWORD

@@ -172,6 +172,11 @@ EnergyFile = Annotated[Path | None, INPUTS["energy"].option]
 PGDRecord = Annotated[Path | None, INPUTS["pgd"].option]
 
 
+def located(paths: Paths, **given: Path | None) -> dict[str, Path]:
+    """The files that were given, by their names in `INPUTS`; of the rest, those of the workflow."""
+    return {role: path or INPUTS[role].usual(paths) for role, path in given.items()}
+
+
 def place(paths: Paths, record: str, *given: Path | None) -> Path:
     """Where a record goes: that of the workflow, or beside it if it is of files that were given."""
     return paths.own(f"{record}.safetensors") if any(given) else paths.record(record)

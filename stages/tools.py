@@ -8,7 +8,7 @@ import typer
 from stages import StageError, options, presets
 from stages.console import say
 from stages.files import NETWORK_TIMES, Paths, write_text
-from stages.options import ClassifierFile, Dataset, EnergyFile, checked, mendable
+from stages.options import ClassifierFile, Dataset, EnergyFile, checked, located, mendable
 
 app = typer.Typer()
 
@@ -52,12 +52,7 @@ def bench_attack(
             params,
             dataset,
             options.given.hardware(),
-            Files(
-                paths.images,
-                classifier or paths.classifier(),
-                energy or paths.model("ebm_convergent"),
-                paths.record("pgd"),
-            ),
+            Files(**located(paths, images=None, classifier=classifier, energy=energy, pgd=None)),
             images=images,
             steps=steps,
             block=block,
