@@ -225,7 +225,8 @@ def recipe(params: Params, dataset: str, phase: str) -> str:
         "nonconvergent": "the same",
     }[phase.removeprefix(SMOOTH)]
     more = "; mirrored images" if ebm.mirror else ""
-    more += f"; averaged weights ({ebm.average:g})" if ebm.average else ""
+    if ebm.average and phase != "nonconvergent":
+        more += f"; averaged weights ({ebm.average:g})"
     return (
         f"batches of {ebm.batch}, {ebm.steps} Langevin steps each, tau {section.tau:g}; {chains}; "
         f"{ebm.phase_1_batches:,} with Adam at {section.adam_lr:g}, then {ebm.phase_2_batches:,} "

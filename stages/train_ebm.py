@@ -2,7 +2,8 @@
 
 `adam` begins. `convergent` goes on from its end with SGD (or with Adam at a rate that falls to
 zero, if ebm.phase_2 says so), `nonconvergent` with the same Adam for as many batches: the paper's
-two models (Hill et al. 2021, Sections 2 and 4.1).
+two models (Hill et al. 2021, Sections 2 and 4.1). Averaged weights belong to a rate that falls:
+with them even the second model hardly drifts, so it keeps the weights of its last batch.
 `smooth_adam` and `smooth_convergent` train an energy whose chains have gradients to attack.
 """
 
@@ -137,7 +138,7 @@ def make_trainer(
         precision=ebm.precision,
         falls_over=ebm.phase_2_batches if settles and ebm.phase_2 == "cosine" else None,
         coupled=ebm.coupled,
-        average=ebm.average,
+        average=0.0 if phase == "nonconvergent" else ebm.average,
     )
     chain = choose_chain(energy, ebm.steps, ebm.precision, hardware)
     return EBMTrainer(energy, noisy, bank, config, generator=generator, chain=chain)

@@ -108,6 +108,13 @@ def test_the_result_is_the_average_and_says_its_noise() -> None:
     assert not all(value.equal(state["energy"][name]) for name, value in weights.items())
 
 
+def test_the_energy_that_shall_drift_keeps_the_weights_of_its_last_batch() -> None:
+    state = load_state(PATHS.state("ebm_nonconvergent"), "", torch.device("cpu"))
+    weights = load_energy(PATHS.model("ebm_nonconvergent"))[0].state_dict()
+    assert "average" not in state
+    assert all(value.equal(state["energy"][name]) for name, value in weights.items())
+
+
 def test_the_rate_is_zero_at_the_end_of_phase_2_only() -> None:
     rates = [
         load_state(PATHS.state(f"ebm_{phase}"), "", torch.device("cpu"))["optimizer"][
