@@ -30,7 +30,7 @@ from stages.resume import Scratch
 
 SPLITS = ("train", "test")
 SAMPLES = 12  # chains in the picture
-LEVELS = 500  # images, states and noise in the histogram of energies
+LEVELS = 500  # images, states and noise whose energies are compared
 
 
 def run(

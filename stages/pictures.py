@@ -80,7 +80,7 @@ def energy_page(
             title = f"from {start}, after {after:,} steps{said}"
             strips.append((title, inspected[f"{start}/states"][i]))
     figure = Figure(figsize=(9.0, 7.2))
-    figure.text(0.01, 0.99, fill(verdict, 120), fontsize=9, weight="bold", va="top")
+    figure.text(0.01, 0.94, fill(verdict, 120), fontsize=9, weight="bold", va="bottom")
     # Fixed places: a layout that is solved for differs in its last digits from run to run.
     above = figure.add_gridspec(
         2, 3, left=0.07, right=0.99, top=0.89, bottom=0.40, hspace=0.5, wspace=0.35
@@ -100,26 +100,33 @@ def energy_page(
     along.set(xlabel="Langevin steps (dotted: the defense)", ylabel="U  [nats]", xlim=(0, None))
     along.set_title("energy along chains: one level, from wherever they start")
     along.legend()
-    kinds = {"training images": GREY, **STARTS_SHOWN}
-    values = {name: inspected[f"{name}/levels"].numpy() for name in kinds}
-    values[f"chains of {grid[-1]:,} steps"] = np.concatenate(
-        [inspected[f"{start}/energies"][-1].numpy() for start in STARTS_SHOWN]
-    )
-    colours = [*kinds.values(), "k"]
-    for (name, level), colour in zip(values.items(), colours, strict=True):
-        if name == "training images":
-            name = "training images, with their noise"
-        level = level[np.isfinite(level)]
-        if len(level) == 0:
-            continue
-        low, high = np.quantile(level, (0.01, 0.99))
-        bins = np.linspace(low, high, 25).tolist()
-        levels.hist(level, bins=bins, density=True, histtype="step", color=colour, label=name)
-    levels.set(xlabel="U  [nats]", yticks=[], title="energies")
-    levels.legend()
+    _levels(levels, inspected)
     for ax, (title, states) in zip(np.ravel(np.asarray(below.subplots())), strips, strict=True):
         show(ax, states, title)
     return figure
+
+
+def _levels(ax: Axes, inspected: dict[str, Tensor]) -> None:
+    """Energies of images, of noise, and at the ends of the chains: medians, 10 to 90 %."""
+    rows = {"training images, with their noise": (GREY, inspected["training images/levels"])}
+    for start, colour in STARTS_SHOWN.items():
+        rows[start] = colour, inspected[f"{start}/levels"]
+    steps = int(inspected["grid"][-1])
+    for start, colour in STARTS_SHOWN.items():
+        rows[f"from {start}, {steps:,} steps on"] = colour, inspected[f"{start}/energies"][-1]
+    noisy = inspected["training images/levels"].numpy()
+    for row, (name, (colour, energies)) in enumerate(rows.items()):
+        if not len(finite := energies[energies.isfinite()].numpy()):
+            continue
+        low, middle, high = np.quantile(finite - noisy.mean(), (0.1, 0.5, 0.9))
+        ax.plot([low, high], [row, row], color=colour, lw=3, alpha=0.4)
+        ax.plot(middle, row, color=colour, marker="o", ms=4)
+        ax.text(0.02, row - 0.2, name, transform=ax.get_yaxis_transform(), fontsize=7)
+    ax.axvline(0, color=GREY, ls=":", lw=1)
+    # Noise may lie a thousand times as far away as all the rest.
+    ax.set_xscale("symlog", linthresh=10 ** np.ceil(np.log10(noisy.std())))
+    ax.set(yticks=[], ylim=(len(rows) - 0.6, -0.8), title="energies")
+    ax.set_xlabel("U - mean U(noisy training images)  [nats]")
 
 
 def _changes(ax: Axes, inspected: dict[str, Tensor]) -> None:
