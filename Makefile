@@ -41,7 +41,6 @@ check-cifar10: $(VENV)/.installed
 		prepare_data attack_pgd attack_transfer attack_bpda_eot report
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m stages.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 $(VENV)/.installed: pyproject.toml

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 HOMES = {
-    "typer": {f"stages/{name}.py" for name in ("cli", "options", "reference", "tools")},
+    "typer": {f"stages/{name}.py" for name in ("cli", "options", "tools")},
     "pydantic": {"stages/params.py", "stages/sections.py"},
     "rich": {"stages/console.py", "stages/tables.py"},
     "pandas": {
@@ -38,7 +38,7 @@ HOMES = {
     "sklearn": {"stages/prepare_data.py"},
     "PIL": {"stages/prepare_data.py"},
     "scipy": {"defense/verdict.py", "stages/findings.py"},
-    "ruamel": {"stages/described.py", "stages/presets.py"},
+    "ruamel": {"stages/presets.py"},
     "jinja2": {"stages/page.py"},
     "dvc": set(),
 }
