@@ -1,31 +1,22 @@
-"""`stochsec cost`: what an experiment costs, counted from its parameters before anybody runs it.
+"""`stochsec cost`: what an experiment takes at most, counted from its parameters.
 
-An upper bound but for one assumption. Every image goes through all steps and restarts of an attack
-(none is wrong when clean, none breaks early), and every verdict takes all its replicas. Assumed is
-how often the target judges on the way: an image when clean, at its end, and as a suspect at
-`SUSPECT_SHARE` of the steps. Left out are energies that are only looked at (under 2 % of a stage in
-the presets) and all that no network does.
+An upper bound but for one assumption: every image goes through all steps and restarts of an attack,
+every verdict takes all its replicas, and the target judges an image when clean, at its end, and as
+a suspect at `SUSPECT_SHARE` of the steps.
 """
 
-import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
-import torch
 
 from defense.active_test import PlantConfig
 from defense.chain_gradient import has_corners
 from defense.energy import ACTIVATIONS
-from defense.inference import flops
 from stages import StageError
-from stages.classifiers import new_classifier
 from stages.console import say
-from stages.energies import new_energy
 from stages.findings import STARTS
 from stages.params import (
     EVALUATED,
@@ -45,9 +36,12 @@ from stages.train_ebm import SAMPLES
 SUSPECT_SHARE = 0.1
 """Of an attack's steps, those whose iterate the target judges. No attack on digits exceeds 0.05."""
 
-PRODUCT = 2
-"""Gradients that a Hessian product costs: value and tangent side by side, forward and back. The
-way back also makes each step again, one gradient: with the products it is three chains."""
+STEP_BACK = 3
+"""Steps that one step of the way back through a chain takes: it is made again, and the product with
+the Hessian is value and tangent, forward and back."""
+
+LEARN = 3
+"""Steps that a pair of images, data and chain, takes to learn from: a gradient in the weights."""
 
 SIZES = {
     "digits": (1_297, 500),
@@ -57,157 +51,68 @@ SIZES = {
 }
 """Training and test images of the sources that come with some."""
 
-HOW_TO_READ = """\
+HOW_TO_READ = f"""\
 An upper bound, as if no image broke and every verdict took all replicas, but for one assumption: \
-the target judges suspects at {:.0%} of an attack's steps. Left out are denoising, one step more \
-for every chain, and the levels that a training tells. A classifier pass is one image forward; \
-with a gradient it counts 3. PFLOP: 10^15 multiplications and additions, the way back through \
-chains among them."""
-HOW_LONG = """ Hours: operations at the rates that {} has of the nearest image size; of a \
-classifier, the rate of its training."""
+the target judges suspects at {SUSPECT_SHARE:.0%} of an attack's steps. An image-step is one \
+Langevin step of one image; going back through it counts {STEP_BACK}. A classifier pass is one \
+image forward; with a gradient it counts 3."""
 
 
 @dataclass(frozen=True)
 class Work:
     """What is counted, all of single images."""
 
-    chain: int = 0  # Langevin steps of the defense
-    replay: int = 0  # those made again on the way back through a chain
-    product: int = 0  # Hessian products there
-    sample: int = 0  # Langevin steps of a training
-    learn: int = 0  # energies with a gradient in the weights
-    look: int = 0  # logits
-    slope: int = 0  # logits with a gradient in the image
-    train: int = 0  # logits with a gradient in the weights
-    slope_in_training: int = 0  # logits with a gradient in the image, for adversarial training
+    steps: int = 0  # Langevin steps
+    passes: int = 0  # through a classifier
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Work(self.steps + other.steps, self.passes + other.passes)
 
     def __rmul__(self, times: int) -> "Work":
-        return Work(*(times * count for count in astuple(self)))
+        return Work(times * self.steps, times * self.passes)
 
 
-class Timed(NamedTuple):
-    """What has a rate of its own: a task of `stochsec bench`, a precision, the side of images."""
-
-    task: str
-    precision: str
-    side: int
+LOOK, SLOPE = Work(passes=1), Work(passes=3)  # logits, and logits with a gradient
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a stage costs on a dataset."""
+class Cost(NamedTuple):
+    """What a stage takes on a dataset."""
 
     dataset: str
     stage: str
     work: Work
-    flop: Counter[Timed]
-
-    @property
-    def image_steps(self) -> int:
-        """Langevin steps times images; the way back through a chain is none."""
-        return self.work.chain + self.work.sample
-
-    @property
-    def classifier_passes(self) -> int:
-        """Images forward; with a gradient they count 3."""
-        return self.work.look + 3 * (
-            self.work.slope + self.work.train + self.work.slope_in_training
-        )
-
-    @property
-    def pflop(self) -> float:
-        """10^15 multiplications and additions."""
-        return self.flop.total() / 1e15
-
-    def hours(self, rates: Mapping[Timed, float]) -> float:
-        """At measured operations per second, those of the nearest image size."""
-        seconds = 0.0
-        for timed, count in self.flop.items():
-            alike = [one for one in rates if one[:2] == timed[:2]]
-            if not alike:
-                raise StageError(
-                    f"bench: expected a row of compiled {timed.task} in {timed.precision}, got "
-                    + (", ".join(sorted({" in ".join(one[:2]) for one in rates})) or "none")
-                )
-            seconds += count / rates[min(alike, key=lambda one: abs(one.side - timed.side))]
-        return seconds / 3600
 
 
-def run(params: Params, bench: Path | None) -> None:
-    """Print what every stage costs; in hours too, if there is a file of `stochsec bench`."""
-    rates = read_rates(bench) if bench else None
-    rows, lines = costs(params), []
+def run(params: Params, rate: float | None) -> None:
+    """Print what every stage takes; in hours too, at ``rate`` image-steps a second."""
+    rows = costs(params)
+    lines = []
     for dataset in params.datasets:
         own = [row for row in rows if row.dataset == dataset]
-        lines += [*own, total(dataset, own)]
+        lines += [*own, Cost(dataset, "total", sum((row.work for row in own), Work()))]
     if len(params.datasets) > 1:
-        lines.append(total("all", rows))
+        lines.append(Cost("all", "total", sum((row.work for row in rows), Work())))
     table = pd.DataFrame(
         {
             "dataset": row.dataset,
             "stage": row.stage,
-            "image-steps": f"{row.image_steps:,}",
-            "classifier passes": f"{row.classifier_passes:,}",
-            "PFLOP": short(row.pflop),
-            **({"hours": short(row.hours(rates))} if rates is not None else {}),
+            "image-steps": f"{row.work.steps:,}",
+            "classifier passes": f"{row.work.passes:,}",
+            **({"hours of steps": f"{row.work.steps / rate / 3600:,.3g}"} if rate else {}),
         }
         for row in lines
     )
-    show(table, f"What the experiment {params.run} costs at most")
-    say(HOW_TO_READ.format(SUSPECT_SHARE) + (HOW_LONG.format(bench) if bench else ""))
-
-
-def short(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def total(dataset: str, rows: list[Cost]) -> Cost:
-    """The sum of some rows."""
-    work, flop = (row.work for row in rows), (row.flop for row in rows)
-    return Cost(dataset, "total", sum(work, Work()), sum(flop, Counter()))
+    show(table, f"What the experiment {params.run} takes at most")
+    say(HOW_TO_READ)
 
 
 def costs(params: Params) -> list[Cost]:
     """Of every stage of dvc.yaml that computes, on every dataset; the first word is its name."""
-    rows = []
-    for dataset in params.datasets:
-        prices = prices_of(params, dataset)
-        for stage, work in works(params, dataset):
-            flop = Counter[Timed]()
-            for unit, times in asdict(work).items():
-                timed, price = prices[unit]
-                flop[timed] += times * price
-            rows.append(Cost(dataset, stage, work, +flop))  # without zeros
-    return rows
-
-
-def prices_of(params: Params, dataset: str) -> dict[str, tuple[Timed, int]]:
-    """Operations of each unit of `Work`, and what its rate is; counted on no device."""
-    data = params.dataset(dataset)
-    with torch.device("meta"):
-        energy = new_energy(params, dataset, "convergent")
-        classifier = new_classifier(params, dataset).eval()
-        x = torch.rand(1, data.channels, data.image_size, data.image_size)
-    step = flops(energy, x)
-    chain = Timed("langevin", params.langevin.precision, data.image_size)
-    update = Timed("ebm_update", params.ebm.precision, data.image_size)
-    asked = Timed("classifier_step", "tf32", data.image_size)  # torch's default
-    trained = asked._replace(precision=data.classifier.precision)
-    return {
-        "chain": (chain, step),
-        "replay": (chain, step),
-        "product": (chain, PRODUCT * step),
-        "sample": (update, step),
-        "learn": (update, flops(energy, x, weights=True)),
-        "look": (asked, flops(classifier, x, back=False)),
-        "slope": (asked, flops(classifier, x)),
-        "train": (trained, flops(classifier, x, weights=True)),
-        "slope_in_training": (trained, flops(classifier, x)),
-    }
+    return [
+        Cost(dataset, stage, work)
+        for dataset in params.datasets
+        for stage, work in works(params, dataset)
+    ]
 
 
 def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
@@ -216,19 +121,16 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
     compared = dataset == params.compare_dataset
     train, test = sizes(params, dataset)
     data = params.data[dataset]
-    yield "train_classifier", data.classifier.epochs * Work(train=train, look=test)
-    adversary = Work(slope_in_training=data.adversarial.steps * train)
-    yield (
-        "train_adversarially",
-        data.adversarial.epochs * (Work(train=train, look=test) + adversary),
-    )
+    epoch = train * SLOPE + test * LOOK
+    yield "train_classifier", data.classifier.epochs * epoch
+    adversary = data.adversarial.steps * train * SLOPE
+    yield "train_adversarially", data.adversarial.epochs * (epoch + adversary)
     for phase in PHASES:
         if compared or phase in ("adam", "convergent"):
             batches = ebm.phase_1_batches if phase.endswith("adam") else ebm.phase_2_batches
-            update = ebm.batch * Work(sample=ebm.steps, learn=2)  # from data and from chains
-            yield f"ebm_{phase}", batches * update
-    bare = attacked(attack.pgd.steps, attack.pgd.restarts, Work(slope=1), Work(look=1))
+            yield f"ebm_{phase}", Work(batches * ebm.batch * (ebm.steps + LEARN))
     for name in PGD_ATTACKS:
+        bare = attacked(attack.pgd.steps, attack.pgd.restarts, SLOPE, LOOK)
         yield f"attack_{name}", attack.pgd.images * bare
     for name, steps in (("K", langevin.K), ("K_short", langevin.K_short)):
         both = 2 * attack.transfer.images  # clean and adversarial
@@ -242,17 +144,18 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
         yield "active_test", active_test(params)
         yield "compare", comparison(params)
         yield "sweep", sweep(params)
-        yield "snapshots", snapshots(params)
+        # The chains of every snapshot, of phase 1 and of both energies that follow it.
+        chains = (1 + len(MODELS)) * ebm.snapshots * SAMPLES
+        yield "snapshots", Work(chains * params.snapshots.long_steps)
         yield "lyapunov", lyapunov(params)
         yield "fid", fid(params)
-    inspected = len(STARTS) * params.inspect.chains * Work(chain=params.inspect.long_steps)
-    levels = params.inspect.chains * Work(chain=max(params.inspect.levels))
-    inspected += (2 + bool(ebm.bank)) * levels
-    yield f"inspect {INSPECTED[0]}", inspected
+    inspected = len(STARTS) * params.inspect.chains * params.inspect.long_steps
+    inspected += (2 + bool(ebm.bank)) * params.inspect.chains * max(params.inspect.levels)
+    yield f"inspect {INSPECTED[0]}", Work(inspected)
     for phase in INSPECTED[1:] if compared else ():
-        yield f"inspect_others {phase}", inspected
+        yield f"inspect_others {phase}", Work(inspected)
     screened = params.diagnose.images * judged(langevin.K, langevin.H_adv)
-    shown = Work(look=2 * params.diagnose.images) + judged(langevin.K, langevin.H_adv)
+    shown = 2 * params.diagnose.images * LOOK + judged(langevin.K, langevin.H_adv)
     yield "diagnose", 2 * screened + 2 * judged(langevin.K, params.diagnose.replicas) + shown
 
 
@@ -279,7 +182,7 @@ def has_smooth_chains(params: Params, phase: str) -> bool:
 
 def judged(steps: int, replicas: int) -> Work:
     """What the defense says of one image."""
-    return replicas * Work(chain=steps, look=1)
+    return Work(replicas * steps, replicas)
 
 
 def asked(steps: int, replicas: int, gradient: str, *, smooth: bool) -> Work:
@@ -290,9 +193,8 @@ def asked(steps: int, replicas: int, gradient: str, *, smooth: bool) -> Work:
     """
     if gradient == "none":
         return judged(steps, replicas)
-    replay = 0 if gradient == "identity" else steps
-    product = replay if smooth or gradient == "smoothed" else 0
-    return replicas * Work(chain=steps, replay=replay, product=product, look=1, slope=1)
+    back = 0 if gradient == "identity" else STEP_BACK if smooth or gradient == "smoothed" else 1
+    return replicas * (Work((1 + back) * steps) + LOOK + SLOPE)
 
 
 def attacked(steps: int, restarts: int, surrogate: Work, target: Work) -> Work:
@@ -322,8 +224,8 @@ def active_test(params: Params) -> Work:
     """Random points, a planted one for the fit and for the decision, verdicts; then the attack."""
     section, langevin = params.evaluate.active_test, params.langevin
     verdicts = (PlantConfig.random_points + 2) * langevin.H_def
-    bare = Work(look=2)  # are the logits those of the last layer?
-    planted = judged(langevin.K, 3 * section.points + verdicts) + bare
+    planted = judged(langevin.K, 3 * section.points + verdicts)
+    planted += 2 * LOOK  # are the logits those of the last layer?
     named = params.evaluate.attacks[section.attack]
     return section.images * (planted + defended(params, "convergent", named))
 
@@ -331,8 +233,7 @@ def active_test(params: Params) -> Work:
 def comparison(params: Params) -> Work:
     """Natural and transferred images along the whole grid; an attack at each number of steps."""
     compare, size = params.compare, params.compare.bpda_eot
-    along = compare.replicas * Work(chain=max(compare.K), look=len(compare.K))
-    work = 2 * compare.images * along
+    work = 2 * compare.images * compare.replicas * Work(max(compare.K), len(compare.K))
     for steps in filter(None, compare.K):
         surrogate = asked(steps, size.H_adv, "identity", smooth=False)
         work += size.images * attacked(size.steps, 1, surrogate, judged(steps, size.H_def))
@@ -347,7 +248,7 @@ def sweep(params: Params) -> Work:
         surrogate = asked(steps, attacker, "identity", smooth=False)
         return attacked(section.steps, 1, surrogate, judged(steps, defender))
 
-    bare = attacked(section.steps, 1, Work(slope=1), Work(look=1))
+    bare = attacked(section.steps, 1, SLOPE, LOOK)
     radii = sum(len(section.radii(norm)) for norm in NORMS)
     work = radii * (one(section.H_adv, section.H_def) + len(TRAININGS) * bare)
     for count in section.attacker_replicas:
@@ -357,44 +258,15 @@ def sweep(params: Params) -> Work:
     return section.images * work
 
 
-def snapshots(params: Params) -> Work:
-    """The chains of every snapshot, of phase 1 and of both energies that follow it."""
-    chains = (1 + len(MODELS)) * params.ebm.snapshots * SAMPLES
-    return chains * Work(chain=params.snapshots.long_steps)
-
-
 def lyapunov(params: Params) -> Work:
     """Two trajectories for each strength, separation and energy."""
     section = params.lyapunov
     settings = len(section.eta) * len(section.separations) * len(EVALUATED)
-    return 2 * settings * section.chains * Work(chain=section.burn_in + section.steps)
+    return Work(2 * settings * section.chains * (section.burn_in + section.steps))
 
 
 def fid(params: Params) -> Work:
     """Chains from training images, and features of all that is compared."""
     section = params.fid
-    along = len(MODELS) * section.images * Work(chain=max(section.K), look=len(section.K))
-    return along + 2 * section.images * Work(look=1)
-
-
-def read_rates(path: Path) -> dict[Timed, float]:
-    """Operations per second of the fast engine; on a CPU, where tf32 is float32, of both.
-
-    A row's rate is its share of the machine's convolution rate. The largest batch counts.
-    """
-    rates: dict[Timed, float] = {}
-    try:
-        result = json.loads(path.read_text())
-        limits = {limit["precision"]: 1e9 * limit["conv_gflops"] for limit in result["limits"]}
-        for row in sorted(result["rows"], key=lambda row: row["batch"]):
-            side, precision = int(row["image"].split("x")[-1]), row["precision"]
-            rate = row["limit_fraction"] * limits[precision]
-            same = ("tf32",) if (row["device"], precision) == ("cpu", "float32") else ()
-            if row["engine"] == "compiled" and rate > 0:
-                rates |= {Timed(row["task"], name, side): rate for name in (precision, *same)}
-    except OSError as error:
-        raise StageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise StageError(f"{path}: expected what `stochsec bench` writes ({reason})") from None
-    return rates
+    along = len(MODELS) * section.images * Work(max(section.K), len(section.K))
+    return along + 2 * section.images * LOOK

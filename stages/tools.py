@@ -98,16 +98,16 @@ def run_all(
 
 @app.command()
 def cost(
-    bench: Annotated[
-        Path | None,
-        typer.Option(help="Numbers of `stochsec bench` on the machine in question, for hours."),
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1, help="Image-steps a second, as `stochsec bench` prints, for hours."),
     ] = None,
 ) -> None:
-    """Count what the experiment costs, stage by stage, before anybody runs it."""
+    """Count what the experiment takes at most, stage by stage, before anybody runs it."""
     with checked() as params:
         from stages import cost as stage
 
-        stage.run(params, bench)
+        stage.run(params, rate)
 
 
 @app.command("export")
