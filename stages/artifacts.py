@@ -57,7 +57,7 @@ def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None
             f"{origin}: expected images uint8 and labels (N,) integer, got {images.dtype} and "
             f"{tuple(labels.shape)} {labels.dtype}"
         )
-    expected = (section.channels, section.image_size, section.image_size)
+    expected = section.shape.image
     if images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise StageError(
             f"{origin}: expected images of (channels, height, width) = {expected}, "
@@ -68,9 +68,9 @@ def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None
             f"{origin}: expected one label an image, got {len(labels)} labels "
             f"for {len(images)} images"
         )
-    if labels.min() < 0 or labels.max() >= section.classes:
+    if labels.min() < 0 or labels.max() >= section.shape.classes:
         raise StageError(
-            f"{origin}: expected labels 0 to {section.classes - 1}, "
+            f"{origin}: expected labels 0 to {section.shape.classes - 1}, "
             f"got {int(labels.min())} to {int(labels.max())}"
         )
 

@@ -93,7 +93,7 @@ def run(
 def ways_of(nets: Nets, steps: int) -> dict[str, Way]:
     """Algorithm 1 as printed, scheduled, with early verdicts, and all that `attack` does."""
     params, langevin = nets.params, nets.params.langevin
-    ball, step_255 = threat(params), params.attack.step_255
+    ball, step_255 = threat(params), params.attack.threat.step_255
 
     def pair(block: int) -> dict[str, Any]:
         return {

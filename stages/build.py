@@ -73,7 +73,7 @@ class Nets:
     def cost(self, steps: int, replicas: int) -> float:
         """What one defended prediction costs, in bare predictions: multiplications for images."""
         data = self.params.dataset(self.dataset)
-        x = torch.rand(1, data.channels, data.image_size, data.image_size)
+        x = torch.rand(1, *data.shape.image)
         x = x.to(self.hardware.device)
         once = flops(self.classifier, x, back=False)
         return replicas * (1 + steps * flops(self.energy, x) / once)
@@ -100,7 +100,7 @@ class Nets:
 
 def threat(params: Params, scale: float = 1.0) -> ThreatModel:
     """The threat model of the experiment; its radius times ``scale``."""
-    return ThreatModel(params.attack.norm, params.attack.eps_255 * scale)
+    return ThreatModel(params.attack.threat.norm, params.attack.threat.eps_255 * scale)
 
 
 def sequential(params: Params) -> Sequential:
@@ -120,7 +120,7 @@ def attack_config(
     return AttackConfig(
         ball,
         steps,
-        params.step_share * ball.eps_255,
+        params.attack.threat.step_share * ball.eps_255,
         sequential=sequential(params),
         early_verdicts=early,
         **options,

@@ -25,7 +25,7 @@ def new_classifier(params: Params, dataset: str) -> WideResNet:
     data = params.dataset(dataset)
     size = params.classifier
     return WideResNet(
-        depth=size.depth, width=size.width, classes=data.classes, channels=data.channels
+        depth=size.depth, width=size.width, classes=data.shape.classes, channels=data.shape.channels
     )
 
 
@@ -54,7 +54,7 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
     classifier.to(hardware.device)
     data = params.dataset(dataset)
     generator = make_generator(0, "images to try a classifier on")
-    shape = (TRIED, data.channels, data.image_size, data.image_size)
+    shape = (TRIED, *data.shape.image)
     images = torch.rand(shape, generator=generator).to(hardware.device)
     try:
         logits = logits_of(classifier(images.requires_grad_()), TRIED)
@@ -67,9 +67,9 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
         raise StageError(f"{path}: does not take images of {dataset}: {reason}") from None
     except ValueError as error:
         raise StageError(f"{path}: {error}") from None
-    if logits.shape[1] != data.classes:
+    if logits.shape[1] != data.shape.classes:
         raise StageError(
-            f"{path}: expected logits ({TRIED}, {data.classes}) for {TRIED} images, got "
+            f"{path}: expected logits ({TRIED}, {data.shape.classes}) for {TRIED} images, got "
             f"{tuple(logits.shape)}"
         )
     logits = logits.detach()

@@ -128,7 +128,7 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
     for phase in PHASES:
         if compared or phase in ("adam", "convergent"):
             batches = ebm.phase_1_batches if phase.endswith("adam") else ebm.phase_2_batches
-            yield f"ebm_{phase}", Work(batches * ebm.batch * (ebm.steps + LEARN))
+            yield f"ebm_{phase}", Work(batches * ebm.update.batch * (ebm.update.steps + LEARN))
     for name in PGD_ATTACKS:
         bare = attacked(attack.pgd.steps, attack.pgd.restarts, SLOPE, LOOK)
         yield f"attack_{name}", attack.pgd.images * bare
@@ -150,7 +150,7 @@ def works(params: Params, dataset: str) -> Iterator[tuple[str, Work]]:
         yield "lyapunov", lyapunov(params)
         yield "fid", fid(params)
     inspected = len(STARTS) * params.inspect.chains * params.inspect.long_steps
-    inspected += (2 + bool(ebm.bank)) * params.inspect.chains * max(params.inspect.levels)
+    inspected += (2 + bool(ebm.update.bank)) * params.inspect.chains * max(params.inspect.levels)
     yield f"inspect {INSPECTED[0]}", Work(inspected)
     for phase in INSPECTED[1:] if compared else ():
         yield f"inspect_others {phase}", Work(inspected)

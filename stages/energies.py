@@ -22,8 +22,8 @@ def new_energy(params: Params, dataset: str, phase: str) -> ConvEnergy:
     data, energy = params.dataset(dataset), params.energy
     smooth = phase.startswith(SMOOTH)
     return ConvEnergy(
-        image_size=data.image_size,
-        channels=data.channels,
+        image_size=data.shape.image_size,
+        channels=data.shape.channels,
         width=energy.width,
         activation=energy.smooth_activation if smooth else energy.activation,
         sigma=data.data_noise,
@@ -39,7 +39,7 @@ def load_energy(params: Params, dataset: str, hardware: Hardware, path: Path) ->
     phase, data = path.stem.removeprefix("ebm_"), params.dataset(dataset)
     otherwise = new_energy(params, dataset, phase).architecture
     energy = load_network(path, ConvEnergy, otherwise, f"`stochsec train-ebm {dataset} {phase}`")
-    expected = (data.channels, data.image_size, data.image_size)
+    expected = data.shape.image
     if energy.shape != expected:
         raise StageError(f"{path}: expected an energy of images {expected}, got {energy.shape}")
     about = about_of(path)

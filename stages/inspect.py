@@ -54,7 +54,7 @@ def run(
     train, test = (to_net(from_bytes(x[:LEVELS])) for x in (all_train, all_test))
     sets = {"training images": train[:count], "test images": test[:count]}
     if "origins" in saved["bank"]:
-        everything = NoisyImages(all_train, section.data_noise, mirror=params.ebm.mirror)
+        everything = NoisyImages(all_train, section.data_noise, mirror=params.ebm.update.mirror)
         shown = everything.clean(saved["bank"]["origins"][:count].cpu())
         sets["images of the bank"] = to_net(from_bytes(shown))
     generator = make_generator(params.seed, dataset, "inspect", device=hardware.device)
@@ -68,7 +68,7 @@ def run(
     }
 
     def key(p: Params) -> object:
-        return p.seed, dataset, phase, p.data[dataset], p.ebm.steps, p.langevin, p.inspect
+        return p.seed, dataset, phase, p.data[dataset], p.ebm.update.steps, p.langevin, p.inspect
 
     inputs = {"images": images, "energy": energy, "state": state}
     tensors: dict[str, Tensor] = {f"{name}/levels": value for name, value in levels.items()}
@@ -120,7 +120,7 @@ def grid(params: Params) -> list[int]:
     """Steps at which chains are looked at: those of training and defense, and ever doubled."""
     long = params.inspect.long_steps
     halves = [long >> i for i in range(long.bit_length())]
-    named = {params.ebm.steps, params.langevin.K, long}
+    named = {params.ebm.update.steps, params.langevin.K, long}
     return sorted({0, *(steps for steps in (*named, *halves) if 0 < steps <= long)})
 
 

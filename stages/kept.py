@@ -69,7 +69,7 @@ def keep(params: Params, dataset: str, path: Path, out: Path) -> None:
         tensors |= {name: tensors[name][:, :0] for name in ("images", "adversarial")}
     else:
         section = params.dataset(dataset)
-        shape = (section.channels, section.image_size, section.image_size)
+        shape = section.shape.image
         states = [name for name, value in tensors.items() if value.shape[-3:] == shape]
         for name in states:
             tensors[name] = (127.5 * (tensors[name] + 1)).round().clamp(0, 255).to(torch.uint8)

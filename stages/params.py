@@ -124,11 +124,11 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _attacks_can_be_run(self) -> Self:
-        classes = self.data[self.compare_dataset].classes
+        classes = self.data[self.compare_dataset].shape.classes
         for name, named in self.evaluate.attacks.items():
             where = f"evaluate.attacks.{name}"
-            if named.rule == "square" and self.attack.norm != "linf":
-                raise ValueError(f"{where}.rule: square expects attack.norm linf")
+            if named.rule == "square" and self.attack.threat.norm != "linf":
+                raise ValueError(f"{where}.rule: square expects attack.threat.norm linf")
             if named.loss == "dlr" and classes < 3:
                 raise ValueError(f"{where}.loss: dlr expects at least 3 classes, got {classes}")
         tested = self.evaluate.attacks[self.evaluate.active_test.attack]
@@ -194,9 +194,9 @@ class Params(Section):
         size, scale = (named, named.scale) if named else (section.pgd, 1.0)
         takes_steps = named is None or named.rule == "pgd"
         shown: dict[str, object] = {
-            "norm": section.norm,
-            "eps_255": section.eps_255 * scale,
-            **({"step_255": section.step_255 * scale} if takes_steps else {}),
+            "norm": section.threat.norm,
+            "eps_255": section.threat.eps_255 * scale,
+            **({"step_255": section.threat.step_255 * scale} if takes_steps else {}),
             "steps": size.steps,
             "restarts": size.restarts,
         }
@@ -225,14 +225,16 @@ class Params(Section):
         defense = {**chain, "denoise": langevin.denoise}
         judge = {f"sequential_{k}": v for k, v in attack.sequential.model_dump().items()}
         judge |= {"early_verdicts": self.evaluate.early_verdicts}
-        attacked = {**images, **defense, **judge, "norm": attack.norm, "eps_255": attack.eps_255}
+        threat = attack.threat.model_dump()
+        step = {"step_255": threat.pop("step_255")}
+        attacked = {**images, **defense, **judge, **threat}
         studies: dict[str, dict[str, object]] = {
-            "compare": {**self.compare.model_dump(), **attacked, "step_255": attack.step_255},
+            "compare": {**self.compare.model_dump(), **attacked, **step},
             "sweep": {
                 **self.sweep.model_dump(),
                 **attacked,
                 "K": langevin.K,
-                "step_share": self.step_share,
+                "step_share": attack.threat.step_share,
             },
             "snapshots": {**self.snapshots.model_dump(), **chain},
             "lyapunov": {**self.lyapunov.model_dump(), **images},
@@ -248,11 +250,6 @@ class Params(Section):
             "active_test": {**tested.model_dump(), **images, **self.conditions(tested.attack)},
         }
         return studies[name]
-
-    @property
-    def step_share(self) -> float:
-        """Length of an attack's step in radii (alpha / eps); the paper's where there is none."""
-        return self.attack.step_255 / self.attack.eps_255 if self.attack.eps_255 else 0.25
 
     def reloaded(self) -> "Params":
         """The file that these parameters came from, as it is now."""

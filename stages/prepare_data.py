@@ -34,7 +34,7 @@ def run(params: Params, dataset: str, out: Path) -> None:
     for split in SPLITS:
         images, labels, origin = read_split(section, dataset, root, split)
         check(images, labels, section, origin)
-        if lacking := sorted(set(range(section.classes)) - set(labels.tolist())):
+        if lacking := sorted(set(range(section.shape.classes)) - set(labels.tolist())):
             say(f"{origin}: has no images of class {', '.join(map(str, lacking))}")
         if section.source != "embedded":
             by_pixels = sorted_by_pixels(images, labels)
@@ -202,11 +202,11 @@ def class_names(root: Path, section: Dataset) -> list[str]:
         found[folder] = [name for name in there if not name.startswith(".")]
     every = sorted(set().union(*found.values()))
     for folder, names in found.items():
-        if len(names) != section.classes or names != every:
+        if len(names) != section.shape.classes or names != every:
             lacking = ", ".join(sorted(set(every) - set(names)))
             raise StageError(
-                f"{folder}: expected the same {section.classes} class folders in train and test, "
-                f"found {names}" + (f", which lack {lacking}" if lacking else "")
+                f"{folder}: expected the same {section.shape.classes} class folders in train and "
+                f"test, found {names}" + (f", which lack {lacking}" if lacking else "")
             )
     return every
 
@@ -247,10 +247,10 @@ def read_picture(
             reason = " ".join(str(error).split())[:200]
             raise StageError(f"{path}: cannot be read as an image ({reason})") from None
         return None
-    size = (section.image_size, section.image_size)
+    size = (section.shape.image_size, section.shape.image_size)
     if pixels.shape[:2] != size:
         raise StageError(f"{path}: expected {size} pixels, got {pixels.shape[:2]}")
-    return pixels.reshape(*size, section.channels).transpose(2, 0, 1)
+    return pixels.reshape(*size, section.shape.channels).transpose(2, 0, 1)
 
 
 def opened(
@@ -278,7 +278,7 @@ def opened(
             )
         deep.append(int(values.max()))
         picture = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
-    return np.asarray(picture.convert("RGB" if section.channels == 3 else "L"))
+    return np.asarray(picture.convert("RGB" if section.shape.channels == 3 else "L"))
 
 
 def told(what: str, paths: list[Path]) -> None:

@@ -131,15 +131,15 @@ def classifier_card(params: Params, paths: Paths, training: str, out: Path, show
     copy = out / f"{name}.safetensors"
     shutil.copyfile(weights, copy)
     count = count_parameters(load_classifier(weights))
-    size, recipe = params.classifier, section.classifier
-    schedule = recipe if training == "natural" else section.adversarial
+    size, shared = params.classifier, section.training
+    schedule = section.classifier if training == "natural" else section.adversarial
     facts = {
         "network": f"Wide ResNet {size.depth}-{size.width}, {count:,} parameters",
         "sha256": f"{fingerprint(copy)}... ({readable(copy)})",
         "commit": made_by(weights, params),
         "data": training_images(params, paths.dataset),
-        "recipe": f"{schedule.epochs} epochs in batches of {recipe.batch}, {schedule.schedule} "
-        f"learning rate up to {schedule.learning_rate:g}; {recipe.precision}",
+        "recipe": f"{schedule.epochs} epochs in batches of {shared.batch}, {schedule.schedule} "
+        f"learning rate up to {schedule.learning_rate:g}; {shared.precision}",
     }
     if training == "adversarial":
         adversary = section.adversarial
@@ -211,12 +211,12 @@ def energy_card(params: Params, paths: Paths, phase: str, out: Path, shown: Path
 
 def recipe(params: Params, dataset: str, phase: str) -> str:
     """How an energy was trained, in words."""
-    ebm, section = params.ebm, params.data[dataset]
+    ebm, update, section = params.ebm, params.ebm.update, params.data[dataset]
     chains = "chains from uniform noise, as many as training images"
-    if ebm.bank:
-        lives = f" that live {ebm.life} visits" if ebm.life else ""
-        pairs = ", coupled with the data" if ebm.coupled else ""
-        chains = f"{ebm.bank:,} chains from noisy images{lives}{pairs}"
+    if update.bank:
+        lives = f" that live {update.life} visits" if update.life else ""
+        pairs = ", coupled with the data" if update.coupled else ""
+        chains = f"{update.bank:,} chains from noisy images{lives}{pairs}"
     falling = ebm.phase_2 == "cosine"
     second = {
         "convergent": "Adam at a rate that falls to zero"
@@ -224,13 +224,13 @@ def recipe(params: Params, dataset: str, phase: str) -> str:
         else f"SGD at {section.sgd_lr:g}",
         "nonconvergent": "the same",
     }[phase.removeprefix(SMOOTH)]
-    more = "; mirrored images" if ebm.mirror else ""
-    if ebm.average and phase != "nonconvergent":
-        more += f"; averaged weights ({ebm.average:g})"
+    more = "; mirrored images" if update.mirror else ""
+    if update.average and phase != "nonconvergent":
+        more += f"; averaged weights ({update.average:g})"
     return (
-        f"batches of {ebm.batch}, {ebm.steps} Langevin steps each, tau {section.tau:g}; {chains}; "
-        f"{ebm.phase_1_batches:,} with Adam at {section.adam_lr:g}, then {ebm.phase_2_batches:,} "
-        f"with {second}{more}; {ebm.precision}"
+        f"batches of {update.batch}, {update.steps} Langevin steps each, tau {section.tau:g}; "
+        f"{chains}; {ebm.phase_1_batches:,} with Adam at {section.adam_lr:g}, then "
+        f"{ebm.phase_2_batches:,} with {second}{more}; {update.precision}"
     )
 
 

@@ -86,7 +86,7 @@ def write(params: Params, out: Path, root: Path) -> None:
     every = results + [one for records in evaluations.values() for one in records]
     if not every:
         raise StageError(f"{compared_paths.record('pgd').parent}: no records of attacks")
-    draws, usual = params.evaluate.draws, params.attack.eps_255
+    draws, usual = params.evaluate.draws, params.attack.threat.eps_255
     measured = rows.rows(every, draws)
     rows.write(measured, out / "rows.csv")
     metrics = rows.summarise(params, measured)
@@ -175,7 +175,7 @@ def over_steps(
     tabled = [r for r in results if r.about["dataset"] == compared]
     panels = {"Tables 1-3": [r for r in tabled if r.about["attack"] in searching]}
     for energy, some in evaluations.items():
-        found = stepping(some, params.attack.eps_255)
+        found = stepping(some, params.attack.threat.eps_255)
         title = f"{energy.replace('_', ' ')} energy (n={params.evaluate.images})"
         panels |= {title: found}
     panels = {title: found for title, found in panels.items() if found}
@@ -199,7 +199,7 @@ def swept(params: Params, paths: Paths, out: Path) -> list[str]:
         rows.write(rows.wide(part, "eps_255", "system"), out / f"plots/eps_{norm}.csv")
     attack, langevin = params.attack, params.langevin
     trained = params.data[paths.dataset].adversarial.eps_255
-    figure = figures.over_radius(over_radius, (attack.norm, attack.eps_255), trained)
+    figure = figures.over_radius(over_radius, (attack.threat.norm, attack.threat.eps_255), trained)
     style.draw(figure, out, "figure5_radius")
     usual = {"H_adv": langevin.H_adv, "H_def": langevin.H_def}
     style.draw(figures.over_replicas(over_replicas, usual), out, "figure6_replicas")

@@ -1,6 +1,6 @@
 """The sections of params.yaml: every number with its kind and its bounds. No torch here."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,8 +37,8 @@ class Schedule(Section):
     warm_up: Fraction
 
 
-class ClassifierTraining(Schedule):
-    """SGD; the fields of `defense.ClassifierTrainConfig`."""
+class ClassifierTraining(Section):
+    """What natural and adversarial training share."""
 
     batch: Annotated[int, Field(ge=2, strict=True)]
     momentum: Fraction
@@ -49,18 +49,24 @@ class ClassifierTraining(Schedule):
 
 
 class AdversarialTraining(Schedule):
-    """The baseline of Madry et al. (2018): PGD in the l_inf ball moves every training batch.
-
-    Batches, momentum, decay, crops and precision are those of natural training.
-    """
+    """The baseline of Madry et al. (2018): PGD in the l_inf ball moves every training batch."""
 
     eps_255: NotNegative
     steps: CountOrNone
     step_255: NotNegative
 
-    def own_schedule(self) -> dict[str, Any]:
-        """What differs from natural training but for the adversary."""
-        return self.model_dump(include=set(Schedule.model_fields))
+
+class Shape(Section):
+    """Of the images of a dataset, and how many kinds there are."""
+
+    image_size: Annotated[int, Field(ge=4)]
+    channels: Literal[1, 3]
+    classes: Annotated[int, Field(ge=2)]
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, self.image_size, self.image_size
 
 
 class Dataset(Section):
@@ -68,9 +74,7 @@ class Dataset(Section):
 
     source: Literal["embedded", "torchvision", "npz", "folder"]
     path: str | None
-    image_size: Annotated[int, Field(ge=4)]
-    channels: Literal[1, 3]
-    classes: Annotated[int, Field(ge=2)]
+    shape: Shape
     train_images: Annotated[int, Field(ge=2, strict=True)] | None
     test_images: Count | None
     held_out: CountOrNone
@@ -79,7 +83,8 @@ class Dataset(Section):
     data_noise: NotNegative
     adam_lr: Positive
     sgd_lr: Positive
-    classifier: ClassifierTraining
+    training: ClassifierTraining
+    classifier: Schedule
     adversarial: AdversarialTraining
 
     @model_validator(mode="after")
@@ -110,21 +115,17 @@ class Energy(Section):
     smooth_activation: Activation
 
 
-class EBM(Section):
-    """Algorithm 2."""
+class Update(Section):
+    """One batch of Algorithm 2."""
 
     batch: Count
     steps: Count
-    phase_1_batches: Count
-    phase_2_batches: Count
     precision: Precision
-    snapshots: Count
     bank: Count | None
     life: Count | None
     coupled: bool
     mirror: bool
     average: Fraction
-    phase_2: Literal["sgd", "cosine"]
 
     @model_validator(mode="after")
     def _switches_fit(self) -> Self:
@@ -136,6 +137,16 @@ class EBM(Section):
         elif self.batch > self.bank:
             raise ValueError(f"batch: expected <= bank = {self.bank}, got {self.batch}")
         return self
+
+
+class EBM(Section):
+    """Algorithm 2."""
+
+    update: Update
+    phase_1_batches: Count
+    phase_2_batches: Count
+    snapshots: Count
+    phase_2: Literal["sgd", "cosine"]
 
 
 class Langevin(Section):
@@ -173,7 +184,7 @@ class SequentialTest(Section):
 
 
 class NamedAttack(Section):
-    """One attack on the defense; ``scale`` multiplies attack.eps_255 and attack.step_255.
+    """One attack on the defense; ``scale`` multiplies eps_255 and step_255.
 
     Without ``stop_at_break`` it goes on to the end, for the strongest images to judge afresh.
     ``H_adv`` replicas give its losses and gradients; without it, langevin.H_adv. ``energy`` is the
@@ -238,12 +249,23 @@ class Evaluate(Section):
         return self
 
 
-class Attack(Section):
-    """The threat model and the attacks of Tables 1 to 3."""
+class Threat(Section):
+    """The ball of an attack, and the length of its steps."""
 
     norm: Literal["linf", "l2"]
     eps_255: NotNegative
     step_255: NotNegative
+
+    @property
+    def step_share(self) -> float:
+        """Length of a step in radii (alpha / eps); the paper's where there is no radius."""
+        return self.step_255 / self.eps_255 if self.eps_255 else 0.25
+
+
+class Attack(Section):
+    """The threat model and the attacks of Tables 1 to 3."""
+
+    threat: Threat
     shard: Count
     sequential: SequentialTest
     early_verdicts: bool

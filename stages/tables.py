@@ -74,7 +74,7 @@ def summary_table(
     table = pd.DataFrame(
         [[what, *measured, theirs] for what, (measured, theirs) in lines.items()],
         columns=[
-            f"accuracy (attacks: {attack.norm}, {attack.eps_255:g}/255)",
+            f"accuracy (attacks: {attack.threat.norm}, {attack.threat.eps_255:g}/255)",
             *(f"{d}, measured" for d in params.datasets),
             "CIFAR-10 at 8/255, paper",
         ],
@@ -201,8 +201,8 @@ def _early(params: Params) -> str:
 
 
 def _threat(params: Params) -> str:
-    attack = params.attack
-    return f"{attack.norm} eps={attack.eps_255:g}/255, alpha={attack.step_255:g}/255"
+    threat = params.attack.threat
+    return f"{threat.norm} eps={threat.eps_255:g}/255, alpha={threat.step_255:g}/255"
 
 
 def _published_note() -> str:

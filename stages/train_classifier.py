@@ -5,7 +5,6 @@ network and in the same loop.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from stages.files import write_csv
 from stages.hardware import Hardware
 from stages.params import TRAININGS, Params
 from stages.resume import Scratch, Stopwatch
+from stages.sections import Schedule
 
 LOOK_EVERY = 50  # batches between two looks at the loss
 COMPILED_BATCHES = 5000  # from so many on a GPU, torch.compile gains more than its minute
@@ -102,7 +102,7 @@ def run(
         save_weights(out, freeze(classifier))
         scratch.done()
     said = f"{name}: {looked_at} accuracy {rows[-1][2]:.4f} (n={len(seen_labels)})"
-    poor = rows[-1][2] < 1.5 / section.classes
+    poor = rows[-1][2] < 1.5 / section.shape.classes
     say(f"FLAG: {said}, hardly better than chance: {remedy}, or train longer" if poor else said)
 
 
@@ -114,12 +114,13 @@ def make_trainer(
     train = load_images(images, "train", section)
     torch.manual_seed(params.seed)  # weight initialization takes no generator
     classifier = new_classifier(params, dataset).to(device)
-    config, adversary = ClassifierTrainConfig(**section.classifier.model_dump()), None
+    schedule, adversary = section.classifier, None
     if training == "adversarial":
-        adversarial = section.adversarial
+        schedule = adversarial = section.adversarial
         threat = ThreatModel("linf", adversarial.eps_255)
         adversary = Adversary(threat, adversarial.steps, adversarial.step_255)
-        config = replace(config, **adversarial.own_schedule())
+    own = schedule.model_dump(include=set(Schedule.model_fields))
+    config = ClassifierTrainConfig(**section.training.model_dump(), **own)
     return ClassifierTrainer(
         classifier,
         from_bytes(train.images).to(device),

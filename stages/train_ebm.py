@@ -115,32 +115,33 @@ def make_trainer(
     section = params.dataset(dataset)
     device = hardware.device
     data = to_net(from_bytes(load_images(images, "train", section).images)).to(device)
-    if params.ebm.batch > len(data):
+    ebm, update = params.ebm, params.ebm.update
+    if update.batch > len(data):
         raise StageError(
-            f"ebm.batch: expected <= {len(data)} training images, got {params.ebm.batch}"
+            f"ebm.update.batch: expected <= {len(data)} training images, got {update.batch}"
         )
     torch.manual_seed(params.seed)  # weight initialization takes no generator
     energy = new_energy(params, dataset, phase).to(device)
     generator = make_generator(params.seed, "ebm", dataset, phase, device=device)
-    noisy, ebm = NoisyImages(data, section.data_noise, mirror=params.ebm.mirror), params.ebm
+    noisy = NoisyImages(data, section.data_noise, mirror=update.mirror)
     bank: ImageBank
-    if ebm.bank is None:
+    if update.bank is None:
         bank = CompactBank.uniform(data.shape, generator=generator)
     else:
-        bank = DataBank(noisy, ebm.bank, ebm.life, generator=generator)
+        bank = DataBank(noisy, update.bank, update.life, generator=generator)
     settles = phase.removeprefix(SMOOTH) == "convergent"
     sgd = settles and ebm.phase_2 == "sgd"
     config = EBMTrainConfig(
         optimizer="sgd" if sgd else "adam",
         learning_rate=section.sgd_lr if sgd else section.adam_lr,
-        batch=ebm.batch,
-        langevin=LangevinConfig(ebm.steps, section.tau),
-        precision=ebm.precision,
+        batch=update.batch,
+        langevin=LangevinConfig(update.steps, section.tau),
+        precision=update.precision,
         falls_over=ebm.phase_2_batches if settles and ebm.phase_2 == "cosine" else None,
-        coupled=ebm.coupled,
-        average=0.0 if phase == "nonconvergent" else ebm.average,
+        coupled=update.coupled,
+        average=0.0 if phase == "nonconvergent" else update.average,
     )
-    chain = choose_chain(energy, ebm.steps, ebm.precision, hardware)
+    chain = choose_chain(energy, update.steps, update.precision, hardware)
     return EBMTrainer(energy, noisy, bank, config, generator=generator, chain=chain)
 
 

@@ -38,13 +38,13 @@ def cheap(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     values = tiny_params()
     values["run"] = "cheap"
     values["data"]["digits"] |= {"held_out": 100, "judged_on": "held_out"}
-    values["ebm"] |= {
+    values["ebm"]["phase_2"] = "cosine"
+    values["ebm"]["update"] |= {
         "bank": 40,
         "life": 2,
         "coupled": True,
         "mirror": True,
         "average": 0.9,
-        "phase_2": "cosine",
     }
     values["langevin"]["denoise"] = True
     os.chdir(folder)
@@ -153,9 +153,13 @@ def test_an_energy_that_does_not_say_its_noise_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("ebm", "bank"), None, "ebm.life: expects chains that start at data (bank), got none"),
-        (("ebm", "bank"), 19, "ebm.batch: expected <= bank = 19, got 20"),
-        (("ebm", "average"), 1.0, "ebm.average = 1.0: expected"),
+        (
+            ("ebm", "update", "bank"),
+            None,
+            "ebm.update.life: expects chains that start at data",
+        ),
+        (("ebm", "update", "bank"), 19, "ebm.update.batch: expected <= bank = 19, got 20"),
+        (("ebm", "update", "average"), 1.0, "ebm.update.average = 1.0: expected"),
         (("data", "digits", "held_out"), 0, "judged_on: held_out expects held_out >= 1, got 0"),
         (("inspect", "levels"), [5, 2], "levels: expected ascending numbers"),
     ],

@@ -132,7 +132,7 @@ def test_an_attack_changes_no_training(edited) -> None:
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("stages/params.py", '"norm": section.norm', '"NORM": section.norm'),
+        ("stages/params.py", '"norm": section.threat.norm', '"NORM": section.threat.norm'),
         ("stages/hardware.py", "default = 200", "default = 100"),
         ("stages/artifacts.py", "images.ndim != 4", "images.ndim != 5"),
     ],

@@ -129,7 +129,7 @@ def test_images_that_were_made_for_another_classifier_are_not_transferred() -> N
 @pytest.mark.parametrize(("name", "value"), [("norm", "l2"), ("eps_255", 24)])
 def test_images_of_another_ball_are_not_transferred(name: str, value: object) -> None:
     values = tiny_params()
-    values["attack"][name] = value
+    values["attack"]["threat"][name] = value
     values["evaluate"]["attacks"].pop("square")
     Path("other.yaml").write_text(yaml.safe_dump(values))
     said = fails("attack digits transfer_K --params other.yaml --out other")
@@ -188,7 +188,8 @@ def test_an_energy_that_diverged_is_refused(words: str) -> None:
 
 def test_a_last_update_that_diverges_is_an_error() -> None:
     values = tiny_params()
-    values["data"]["digits"]["classifier"] |= {"batch": 5000, "learning_rate": 1e30, "epochs": 1}
+    values["data"]["digits"]["training"]["batch"] = 5000
+    values["data"]["digits"]["classifier"] |= {"learning_rate": 1e30, "epochs": 1}
     Path("wild.yaml").write_text(yaml.safe_dump(values))
     said = fails("train-classifier digits --params wild.yaml --out wild.safetensors")
     assert "the training has diverged; lower data.digits.classifier.learning_rate" in said

@@ -25,10 +25,10 @@ def test_the_paper_preset_has_the_numbers_of_algorithms_1_and_2() -> None:
     params = validate_params(yaml.safe_load(presets.text("paper")), Path("paper"))
     cifar10 = params.data["cifar10"]
     assert (params.langevin.K, params.langevin.H_adv, params.langevin.H_def) == (1500, 15, 150)
-    assert (params.attack.eps_255, params.attack.step_255) == (8, 2)
+    assert (params.attack.threat.eps_255, params.attack.threat.step_255) == (8, 2)
     assert (params.attack.bpda_eot.steps, params.attack.bpda_eot.restarts) == (50, 5)
     assert params.ebm.phase_1_batches + params.ebm.phase_2_batches == 150_000
-    assert (params.ebm.steps, params.ebm.phase_1_batches) == (100, 50_000)
+    assert (params.ebm.update.steps, params.ebm.phase_1_batches) == (100, 50_000)
     assert (cifar10.tau, cifar10.data_noise) == (0.01, 0.02)
     assert (cifar10.adam_lr, cifar10.sgd_lr) == (1e-4, 5e-5)
     assert (params.classifier.depth, params.classifier.width) == (28, 10)
@@ -48,11 +48,11 @@ def test_the_h100_preset_is_the_papers_but_for_what_it_says_is_reduced() -> None
         for name in differing(paper, fitted)
         if not name.startswith(".evaluate.attacks.")
     }
-    training = {f"data.classifier.{n}" for n in ("epochs", "schedule", "warm_up", "weight_decay")}
+    training = {f"data.training.{n}" for n in ("weight_decay", "precision")}
     assert reduced == {
         "run",
         *training,
-        "data.classifier.precision",
+        *(f"data.classifier.{n}" for n in ("epochs", "schedule", "warm_up")),
         *(f"data.adversarial.{n}" for n in ("epochs", "learning_rate", "schedule", "warm_up")),
         "data.adversarial.steps",
         "data.adversarial.step_255",
@@ -130,14 +130,14 @@ def changed(path: str, value: object, *, delete: bool = False) -> dict[str, Any]
         ("langevin.Q", 1, "langevin.Q = 1: no such parameter; expected one of K, K_short"),
         ("data.digits.taw", 1, "data.digits.taw = 1: no such parameter; expected one of source"),
         ("data.digits.classifier.lr", 1, "data.digits.classifier.lr = 1: no such parameter; exp"),
-        ("attack.norm", "l1", "attack.norm = 'l1': expected 'linf' or 'l2'"),
+        ("attack.threat.norm", "l1", "attack.threat.norm = 'l1': expected 'linf' or 'l2'"),
         ("classifier.depth", 11, "classifier.depth: expected 6 n + 4, got 11"),
         ("datasets", ["svnh"], "datasets: expected names among ['digits'], got 'svnh'"),
         ("compare_dataset", "svhn", "compare_dataset: expected one of ['digits'], got 'svhn'"),
         ("attack.transfer.images", 10**6, "attack.transfer.images: expected <= attack.pgd.images"),
         ("compare.images", 10**6, "compare.images: expected <= attack.pgd.images"),
         ("diagnose.H", [1, 10**6], "diagnose.H: expected <= diagnose.replicas"),
-        ("attack.eps_255", float("inf"), "attack.eps_255 = inf: expected a finite number"),
+        ("attack.threat.eps_255", float("inf"), "attack.threat.eps_255 = inf: expected a finite"),
         ("langevin.K", True, "langevin.K = True: expected a valid integer"),
         ("compare.K", [100, 10], "compare.K: expected ascending numbers, got [100, 10]"),
         ("run", "paper", "run: 'paper' is the preset for cifar10, svhn, cifar100"),
@@ -221,7 +221,11 @@ def test_the_precisions_are_those_of_the_library() -> None:
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("attack", "norm"), "l2", "evaluate.attacks.square.rule: square expects attack.norm linf"),
+        (
+            ("attack", "threat", "norm"),
+            "l2",
+            "evaluate.attacks.square.rule: square expects attack.threat.norm linf",
+        ),
         (("evaluate", "draws"), 11, "evaluate.draws: expected <= attack.sequential.first = 10"),
         (("evaluate", "images"), 501, "evaluate.images: expected <= attack.pgd.images = 500"),
         (
@@ -241,7 +245,7 @@ def test_the_precisions_are_those_of_the_library() -> None:
             "evaluate.active_test.attack: expected one with a radius",
         ),
         (("inspect", "long_steps"), 50, "langevin.K: expected <= inspect.long_steps = 50, got 60"),
-        (("data", "digits", "classes"), 2, None),
+        (("data", "digits", "shape", "classes"), 2, None),
     ],
 )
 def test_attacks_that_cannot_be_run_are_said_before_any_work(

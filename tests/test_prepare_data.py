@@ -18,16 +18,18 @@ from stages.params import Dataset
 from stages.prepare_data import where
 from tests.tiny import command, tiny_params
 
+COLOURS = {"image_size": 8, "channels": 3, "classes": 2}
 SECTION = Dataset.model_validate(
-    {**tiny_params()["data"]["digits"], "source": "npz", "classes": 2, "channels": 3}
+    {**tiny_params()["data"]["digits"], "source": "npz", "shape": COLOURS}
 )
+GRAY = SECTION.model_copy(update={"shape": SECTION.shape.model_copy(update={"channels": 1})})
 
 
 def own_params(folder: Path, source: str) -> Path:
     values = tiny_params()
     values["run"] = "own"
     values["datasets"], values["compare_dataset"] = ["own"], "own"
-    section = {"source": source, "path": str(folder), "classes": 2, "channels": 3}
+    section = {"source": source, "path": str(folder), "shape": COLOURS}
     values["data"] = {"own": {**values["data"]["digits"], **section}}
     values["fid"]["images"] = 2
     path = folder / "own.yaml"
@@ -156,7 +158,7 @@ def test_files_are_read_by_content_and_the_others_are_named(tmp_path: Path) -> N
 def gray_params(folder: Path) -> Path:
     path = own_params(folder, "folder")
     values = yaml.safe_load(path.read_text())
-    values["data"]["own"]["channels"] = 1
+    values["data"]["own"]["shape"]["channels"] = 1
     path.write_text(yaml.safe_dump(values))
     return path
 
@@ -174,8 +176,7 @@ def test_16_bits_keep_their_levels(tmp_path: Path) -> None:
     words = f"prepare-data own --params {gray_params(tmp_path)} --out {tmp_path}/out.npz"
     result = command(words)
     assert result.exit_code == 0, result.output
-    gray = SECTION.model_copy(update={"channels": 1})
-    image = load_images(tmp_path / "out.npz", "train", gray).images[0, 0]
+    image = load_images(tmp_path / "out.npz", "train", GRAY).images[0, 0]
     assert image.flatten().tolist() == np.round(ramp / 257).astype(int).flatten().tolist()
 
 
@@ -186,8 +187,7 @@ def test_a_camera_held_sideways(tmp_path: Path) -> None:
     saved_everywhere(tmp_path, Image.fromarray(pixels), "turned.png", exif=exif)
     words = f"prepare-data own --params {gray_params(tmp_path)} --out {tmp_path}/out.npz"
     assert command(words).exit_code == 0
-    gray = SECTION.model_copy(update={"channels": 1})
-    image = load_images(tmp_path / "out.npz", "train", gray).images[0, 0]
+    image = load_images(tmp_path / "out.npz", "train", GRAY).images[0, 0]
     assert np.array_equal(image.numpy(), np.rot90(pixels, -1))
 
 
@@ -201,8 +201,7 @@ def test_an_animation_is_said(tmp_path: Path) -> None:
     assert "files of several frames, of which the first was taken: 2" in " ".join(
         result.output.split()
     )
-    gray = SECTION.model_copy(update={"channels": 1})
-    assert set(load_images(tmp_path / "out.npz", "train", gray).images.flatten().tolist()) == {10}
+    assert set(load_images(tmp_path / "out.npz", "train", GRAY).images.flatten().tolist()) == {10}
 
 
 @pytest.mark.parametrize(
