@@ -3,10 +3,11 @@
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from types import TracebackType
-from typing import Self
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+Call = TypeVar("Call", bound=Callable[..., Any])
+
 console = Console(stderr=True, highlight=False)
 if not console.is_terminal:  # a log has room for a whole table
     console.width = 150
@@ -26,14 +29,17 @@ if not console.is_terminal:  # a log has room for a whole table
 class Track:
     """A progress line: done of total, rate, time left, and the numbers one watches.
 
-    On a terminal it is a live bar; in a log it is one line every ``log_every`` seconds.
+    On a terminal it is a live bar; in a log it is one line every ``log_every`` seconds. Langevin
+    steps of `watched` chains show that it lives while a unit takes minutes.
     """
 
     log_every = 15.0
+    running: ClassVar["list[Track]"] = []
 
     def __init__(self, what: str, total: int, *, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.first, self.started, self.logged = done, time.monotonic(), time.monotonic()
+        self.image_steps, self.watch = 0, ""
         self.bar: Progress | None = None
         if console.is_terminal:
             columns = [
@@ -50,6 +56,7 @@ class Track:
             self.task = self.bar.add_task(what, total=total, completed=done, rate="", watch="")
 
     def __enter__(self) -> Self:
+        self.running.append(self)
         if self.bar is not None:
             self.bar.start()
         if self.done:
@@ -62,26 +69,46 @@ class Track:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.running.remove(self)
         if self.bar is not None:
             self.bar.stop()
 
     def advance(self, count: int = 1, watch: str = "") -> None:
         """``count`` units more are done; ``watch`` is shown beside them."""
-        self.done += count
+        self.done, self.watch = self.done + count, watch
+        self.show()
+
+    def show(self) -> None:
+        """Bring the bar up to date; in a log, print a line if it is time for one."""
         now = time.monotonic()
-        rate = (self.done - self.first) / max(now - self.started, 1e-9)
+        seconds = max(now - self.started, 1e-9)
+        rate, steps = (self.done - self.first) / seconds, self.image_steps / seconds
+        watch = self.watch + (f"  {steps:,.0f} image-steps/s" if steps else "")
         if self.bar is not None:
-            shown = f"{rate:.3g} {self.unit}/s"
+            shown = f"{rate:.3g} {self.unit}/s" if rate else ""
             self.bar.update(self.task, completed=self.done, rate=shown, watch=watch)
         elif now - self.logged >= self.log_every and self.done < self.total:
             self.logged = now
-            left = (self.total - self.done) / rate if rate else float("inf")
+            left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "time left unknown"
             print(
-                f"{self.what}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, "
-                f"{left:.0f} s left  {watch}",
+                f"{self.what}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {left}  {watch}",
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def watched(chain: Call) -> Call:
+    """A chain (`defense.langevin.Chain`) whose steps the running progress line counts."""
+
+    @wraps(chain, updated=())
+    def run(energy: Any, x: Any, config: Any, **options: Any) -> Any:
+        end = chain(energy, x, config, **options)
+        for track in Track.running[-1:]:
+            track.image_steps += len(x) * config.steps
+            track.show()
+        return end
+
+    return cast(Call, run)
 
 
 verbose = False  # set by the command line

@@ -7,7 +7,7 @@ from defense.energy import ConvEnergy
 from defense.langevin import Chain, langevin
 from defense.precision import Precision, tensor_cores
 from stages import StageError
-from stages.console import detail
+from stages.console import detail, watched
 from stages.hardware import Hardware, engine_name
 
 SHORT = 4  # steps below which laying the weights out costs a CPU more than it gains
@@ -25,7 +25,7 @@ def choose_chain(energy: ConvEnergy, steps: int, precision: Precision, hardware:
     if name == "plain" or (name == "auto" and short):
         why = "asked for" if name == "plain" else f"fewer than {SHORT} steps a call"
         _say_once(f"engine: plain, {precision}, {steps} steps ({why})")
-        return plain_chain(precision)
+        return watched(plain_chain(precision))
     kib = bytes_per_image(energy, precision) / 1024
     at_once = images_at_once(energy, precision, hardware.device)
     how = "CUDA graphs" if device == "cuda" else "library kernels, weights laid out once a call"
@@ -33,7 +33,7 @@ def choose_chain(energy: ConvEnergy, steps: int, precision: Precision, hardware:
         f"engine: compiled, {precision}, {steps} steps ({how}; activations {kib:.0f} KiB an image, "
         f"{at_once} images at once)"
     )
-    return _compiled(precision)
+    return watched(_compiled(precision))
 
 
 @cache

@@ -1,5 +1,9 @@
 """Which implementation of the chain a job gets, and what is said about it."""
 
+import re
+from functools import partial
+from inspect import unwrap
+
 import pytest
 import torch
 
@@ -17,7 +21,7 @@ GPU = Hardware(torch.device("cuda"), 100)
 def chosen(steps: int, precision: str = "float32", hardware: Hardware = CPU) -> str:
     energy = ConvEnergy(image_size=8, channels=1, width=4)
     chain = engine.choose_chain(energy, steps, precision, hardware)
-    return "compiled" if isinstance(chain, CompiledLangevin) else "plain"
+    return "compiled" if isinstance(unwrap(chain), CompiledLangevin) else "plain"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,25 @@ def test_what_runs_and_why_is_said_once_to_those_who_ask(monkeypatch, capsys) ->
     assert len(said) == 2
 
 
+def test_the_steps_of_a_chain_show_that_a_long_unit_of_work_lives(
+    monkeypatch, tiny_energy, images, capsys
+) -> None:
+    monkeypatch.setattr(console.Track, "log_every", 0.0)
+    chain = engine.choose_chain(tiny_energy, 5, "float32", CPU)
+    run = partial(chain, tiny_energy, images, LangevinConfig(5, 0.1), generator=None)
+    run()
+    assert not capsys.readouterr().err
+    with console.Track("attack", 3, unit="images") as track:
+        run()
+        line = r"attack: 0/3 images, 0/s, time left unknown +[1-9][\d,]* image-steps/s\n"
+        assert re.fullmatch(line, capsys.readouterr().err)
+        assert track.image_steps == 5 * len(images)
+        track.advance(watch="2 robust")
+        assert re.search(r"1/3 .* s left  2 robust  .* image-steps/s", capsys.readouterr().err)
+    run()
+    assert track.image_steps == 5 * len(images)
+
+
 def test_precision_is_set_inside_and_restored() -> None:
     def state() -> tuple[bool, bool]:
         return torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")
@@ -97,7 +120,7 @@ def test_precision_is_set_inside_and_restored() -> None:
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_the_fast_chain_has_the_precision(precision: str) -> None:
     energy = ConvEnergy(image_size=8, channels=1, width=4)
-    assert engine.choose_chain(energy, 10, precision, CPU).precision == precision
+    assert unwrap(engine.choose_chain(energy, 10, precision, CPU)).precision == precision
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("float32", False), ("tf32", True)])
