@@ -15,7 +15,7 @@ from stages import StageError
 from stages.params import presets_folder, validate_params
 
 BASE = "digits"
-OWN_NAMES = ("data.", "evaluate.attacks.")  # where a preset may have more than the base
+ATTACKS = "evaluate.attacks."
 
 
 def names() -> list[str]:
@@ -76,8 +76,8 @@ def _set(values: CommentedMap, change: str) -> None:
 def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str = "") -> None:
     """Put the differences into the base; its datasets are those that both name, or the preset's."""
     for key, value in differences.items():
-        if where in OWN_NAMES and key not in base:
-            base[key] = value
+        if where == ATTACKS or (where == "data." and key not in base):
+            base[key] = value  # a preset says all of an attack
         elif key not in base:
             raise StageError(f"presets/{name}.yaml: {where}{key}: no such parameter")
         elif isinstance(value, CommentedMap):

@@ -34,6 +34,12 @@ def test_the_paper_preset_has_the_numbers_of_algorithms_1_and_2() -> None:
     assert (params.classifier.depth, params.classifier.width) == (28, 10)
 
 
+def test_an_attack_of_a_preset_takes_the_place_of_the_bases() -> None:
+    here, base = (yaml.safe_load(presets.text(name))["evaluate"] for name in ("cifar10", "digits"))
+    assert here["attacks"]["exact"] == base["attacks"]["exact"] | {"energy": "smooth_convergent"}
+    assert here["attacks"].keys() - base["attacks"].keys() == {"exact_long"}
+
+
 def test_the_h100_preset_is_the_papers_but_for_what_it_says_is_reduced() -> None:
     paper, fitted = (yaml.safe_load(presets.text(name)) for name in ("paper", "h100"))
 
