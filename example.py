@@ -1,8 +1,8 @@
 """The method on one page: a classifier, its defense, and the attack that measures the defense.
 
 Hill, Mitchell and Zhu, "Stochastic Security: Adversarial Defense Using Long-Run Dynamics of
-Energy-Based Models" (ICLR 2021), on real 8x8 digits, in a minute: `python example.py`. The numbers
-of equations are the paper's.
+Energy-Based Models" (ICLR 2021), on real 8x8 digits, in a minute: `python example.py`. Equation
+numbers are the paper's.
 """
 
 import torch
@@ -26,7 +26,7 @@ from defense.pixels import to_net
 
 TAU = 0.08  # step size of the Langevin chains, in units where an image spans [-1, 1]
 K = 50  # steps of a purifying chain
-H_ADV, H_DEF = 7, 50  # purified copies: for each gradient of the attacker; for a verdict
+H_ADV, H_DEF = 7, 50  # purified copies per attack gradient, and per verdict
 
 torch.manual_seed(0)
 generator = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ labels = torch.tensor(digits.target)
 order = torch.randperm(len(labels), generator=generator)
 train, test = order[:1500], order[1500:1600]
 
-# 2. A classifier, trained as anybody would, knowing nothing of attacks.
+# 2. A naturally trained classifier: no adversarial training.
 classifier = nn.Sequential(
     *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
     *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 16, 10)),
@@ -52,8 +52,9 @@ for _ in range(15):
         optimizer.step()
 freeze(classifier)
 
-# 3. An energy U of the images alone, without labels: Algorithm 2. Short chains from a bank of
-#    persistent states are compared with data; Adam finds the images, SGD makes long chains stay.
+# 3. An energy U, trained without labels (Algorithm 2). Each update compares data with short chains
+#    from a persistent bank. Adam makes short-run samples realistic; SGD then makes long-run samples
+#    look like them.
 energy = ConvEnergy(image_size=8, channels=1, width=16)
 images = to_net(pixels[train])
 bank = ImageBank.uniform(images.shape, generator=generator)
@@ -73,9 +74,9 @@ purifier = LangevinPurifier(energy, LangevinConfig(steps=K, tau=TAU), chain=chai
 attackers_view = EOTDefense(classifier, purifier, replicas=H_ADV, seed="attacker")
 defended = EOTDefense(classifier, purifier, replicas=H_DEF, seed="judge")
 
-# 5. The attacks, in the ball |x_adv - x| <= 48/255 (7): PGD on the bare classifier, whose images
-#    are then shown to the defense, too; and BPDA+EOT (9, 10), which follows the gradients of
-#    purified copies. What that finds is judged anew, with other noise (Algorithm 1).
+# 5. The attacks, in the l_inf ball |x_adv - x| <= 48/255 (7). PGD attacks the bare classifier, and
+#    its images are transferred to the defense. BPDA+EOT (9, 10) averages the gradients at purified
+#    copies; what it finds is judged again with fresh noise (Algorithm 1).
 ball = ThreatModel("linf", 48)
 x, y = pixels[test], labels[test]
 pgd = AttackConfig(ball, steps=15, step_255=12, stop_at_break=False)

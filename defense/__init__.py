@@ -7,19 +7,21 @@ written_gradient, compiled
                     the same call, fast: CompiledLangevin
 chain_gradient, written_hessian
                     gradients through the chain, exact or smoothed; plain and fast
-purifier, through   what a purifier is, and the chain as one; gradients that go back through it
+purifier, through   the purifier interface, the Langevin purifier, and gradients through it
 eot                 EOTDefense, the defended classifier, equations (4)-(6)
 threat, losses, step_rules
-                    the ball (7)-(8), what an attack makes larger, where it looks next
-verdict             four metrics, and the sequential test of clear verdicts
+                    the ball (7)-(8), the attack losses, the update rules (PGD, APGD, Square)
+verdict             four accuracy metrics, and a sequential test that stops early
 attack, plain_attack
-                    Algorithm 1 for every rule, loss and gradient; and as printed
-active_test         does an attack find what was planted for it?
+                    Algorithm 1 for every rule, loss and gradient; the plain version as printed
+active_test         can an attack find an adversarial point that is known to exist?
 bank, ebm_training  noisy data, persistent chains and Algorithm 2, equations (1)-(2)
 classifier_training natural training of the classifier
-inference           frozen networks, asked in pieces
+inference           frozen networks: evaluation mode, batches, checks of their output
 pretrained          load_energy, load_classifier: trained networks from their files
 diagnostics         states along chains, and their energies
+lyapunov, frechet   Lyapunov exponents, equations (12)-(13); the FID
+precision, onednn   float32, tf32 or bfloat16; prepacked CPU kernels
 """
 
 from defense.attack import NEVER, AttackConfig, AttackRecord, run_attack, run_transfer

@@ -1,11 +1,11 @@
-"""Is an attack strong enough to be believed? It has to find what was hidden in the ball.
+"""An active test of an attack: can it find an adversarial point that is known to exist?
 
-The active test of Zimmermann, Brendel, Tramer & Carlini (2022), which eleven of the thirteen
-published evaluations that they tried failed: the classifier's last layer gives way to a binary
-readout that says 1 at one planted point on the edge of the ball, and 0 at the image and at random
-points of the ball. An attack that, from (image, label 0), finds a 1 for fewer than `BELIEVED` of
-the images says little where it finds nothing.
-The defense around the readout stays as it is, noise and all; seeds are the caller's, one per image:
+The test of Zimmermann, Brendel, Tramer & Carlini (2022); of the thirteen published evaluations that
+they tested, eleven failed it. A binary readout replaces the classifier's last layer. It predicts
+class 1 at one planted point on the boundary of the ball, and class 0 at the image and at random
+points of the ball. The attack starts from the image, with label 0. If it finds class 1 for fewer
+than `BELIEVED` of the images, its failure to break a defense says little.
+The defense around the readout is unchanged and keeps its noise; the caller seeds it per image:
 
     planted = plant(classifier, make_defense, x, config, generator=generator)
     run_attack(make_surrogate(planted.readout), make_target(planted.readout), x, zeros, ...)
@@ -25,25 +25,29 @@ from defense.threat import ThreatModel
 from defense.verdict import SEQUENTIAL, Sequential, wrong
 
 BELIEVED = 0.95
-"""Share of the planted points that a sufficient attack finds at least."""
+"""Smallest share of the planted points that a sufficiently strong attack finds."""
 
 GAIN = 10.0
-"""The readout's logit difference from inner to planted points: cross-entropy does not vanish."""
+"""How far the readout's logit margin rises from the inner points to the planted one.
+
+Small enough that the gradient of the cross-entropy does not vanish.
+"""
 
 MakeDefense = Callable[[nn.Module, str], EOTDefense]
-"""Features or readout, and what the noise is for -> the defense around it, H_def replicas."""
+"""A network (features or readout) and the purpose of the noise -> a defense, H_def replicas."""
 
 
 @dataclass(frozen=True)
 class PlantConfig:
-    """How a point is hidden in the ball ``threat``.
+    """How to plant a point in the ball ``threat``.
 
-    ``inner_points`` random points, one replica each, within ``inner_share`` of the radius are class
-    0. The decision lies ``sureness`` standard errors of the target's mean logits before the planted
-    point, but at least 1 - ``closeness`` of the way back to the inner points. ``replicas`` of the
-    planted point are drawn for the fit, as many for the decision. At most ``random_share`` of
-    ``random_points`` of the whole ball may be class 1, or the test would be too easy; verdicts on
-    these may be ``sequential``.
+    Class 0 is ``inner_points`` random points within ``inner_share`` of the radius, one replica
+    each. The decision threshold lies ``sureness`` standard errors of the target's mean logits
+    below the planted point, and at least 1 - ``closeness`` of the way back to the inner points.
+    ``replicas`` of the planted point fit the readout, with a covariance shrunk towards the identity
+    by ``ridge``; as many more set the threshold. If more than ``random_share`` of ``random_points``
+    in the whole ball are class 1, the test is too easy and is rejected; ``sequential`` may stop the
+    verdicts on these points early.
     """
 
     threat: ThreatModel
@@ -77,7 +81,7 @@ class Planted:
     readout: nn.Module  # pixels (B,C,H,W) in [0, 1] -> 2 logits
     planted: Tensor  # (1,C,H,W) pixels in the ball and in [0, 1]; the target says 1
     random_hits: float  # share of random points of the ball that the target calls 1
-    errors: float  # standard errors of the target's mean between inner and planted points
+    errors: float  # gap from inner to planted points, in standard errors of the target's mean
 
 
 def last_linear(classifier: nn.Module) -> str:
@@ -98,15 +102,15 @@ def features_of(classifier: nn.Module) -> nn.Module:
 
 
 def edge_point(threat: ThreatModel, x: Tensor, *, generator: Generator) -> Tensor:
-    """A random corner (l_inf) or point of the sphere (l_2) around x, cut off at the pixel box."""
+    """A random corner of the l_inf ball or point of the l_2 sphere around x, clipped to [0, 1]."""
     direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return threat.project(threat.ascend(x, direction, threat.eps_255), x)
 
 
 def direction_between(inner: Tensor, planted: Tensor, ridge: float) -> Tensor:
-    """(D,) along which mean features (D,) stand out most from a cloud (M,D): Fisher's, with ridge.
+    """Fisher's discriminant (D,), with ridge, from ``inner`` (M,D) to mean ``planted`` (D,).
 
-    The covariance is that of standardized features; a feature that never varies has no weight.
+    The covariance is that of the standardized inner features. A constant feature has weight zero.
     """
     spread = inner.std(0)
     spread = torch.where(spread > 1e-6 * spread.amax(), spread, torch.inf)
@@ -125,9 +129,11 @@ def plant(
     *,
     generator: Generator,
 ) -> Planted | None:
-    """Hide a point around x (1,C,H,W) in [0, 1]; None if the target does not confirm it.
+    """Plant a point around x (1,C,H,W) in [0, 1]; None if the target does not confirm it.
 
-    Confirmed: the target says 1 at the planted point, 0 at x and at most random points of the ball.
+    The target confirms it by predicting 1 at the planted point, 0 at x, and 1 for no more than
+    ``config.random_share`` of random points of the ball. `ValueError` if the classifier's last
+    nn.Linear does not compute its logits.
     """
     features, head = features_of(classifier), classifier.get_submodule(last_linear(classifier))
     if not torch.allclose(head(features(x)), classifier(x), atol=1e-4):
@@ -138,7 +144,8 @@ def plant(
     around = x.expand(config.inner_points, -1, -1, -1)
     points = smaller.random_point(around, generator=generator)
 
-    # Features of single replicas; half of the planted point's for the fit, half for the decision.
+    # Features of single replicas. Half of the planted point's fit w; the other half, which w has
+    # not seen, sets the threshold.
     inner = defense.replica_logits(points, replicas=1)[0].double()
     planted_features = defense.replica_logits(hidden, replicas=2 * config.replicas)[:, 0].double()
     fit, fresh = planted_features.split(config.replicas)
@@ -152,6 +159,7 @@ def plant(
 
     decision = high.mean() - back
     linear = skip_init(nn.Linear, len(w), 2, device=x.device, dtype=x.dtype)
+    # Margin z_1 - z_0 = GAIN (w f - decision) / reach: it rises by GAIN over ``reach``.
     linear.weight.copy_(0.5 * GAIN / reach * torch.stack([-w, w]))
     linear.bias.copy_(0.5 * GAIN / reach * torch.stack([decision, -decision]))
     readout = freeze(nn.Sequential(features, linear))

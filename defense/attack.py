@@ -4,13 +4,13 @@
 |----------------------------|-------------------------------|-----------------|-------------|
 | BPDA+EOT (Algorithm 1)     | defense, H_adv, identity      | defense, H_def  | PGD         |
 | PGD+EOT through the chain  | defense, H_adv, exact         | defense, H_def  | PGD or APGD |
-| the same, corners rounded  | defense, H_adv, smoothed      | defense, H_def  | PGD or APGD |
+| the same, smoothed ReLUs   | defense, H_adv, smoothed      | defense, H_def  | PGD or APGD |
 | gradient-free              | defense, H_adv                | defense, H_def  | Square      |
 | controls                   | defense, H_adv                | defense, H_def  | noise       |
 | PGD on the bare classifier | classifier                    | classifier      | PGD         |
 | transfer                   | (images of the PGD above)     | defense, H_def  |             |
 
-`defense.plain_attack` is Algorithm 1 without what makes this loop fast.
+`defense.plain_attack` is Algorithm 1 as printed, without the speed-ups of this loop.
 """
 
 from collections.abc import Callable
@@ -46,11 +46,11 @@ NOT_MEASURED = -1
 class AttackConfig:
     """N = ``steps`` updates of length ``step_255`` / 255 (alpha), from ``restarts`` starts.
 
-    ``stop_at_break`` ends the work on an image at its first verified break (Algorithm 1). Without
-    it every image, right or wrong when clean, goes through all steps and restarts. ``rule`` says
-    where to look next (only "pgd" uses ``step_255``), ``loss`` what is to grow. With
-    ``early_verdicts`` the target draws no more replicas than the ``sequential`` test asks for.
-    ``replicas`` is how often a stochastic target is asked that does not draw replicas by itself.
+    ``stop_at_break`` stops attacking an image at its first verified break (Algorithm 1). Without
+    it every image, right or wrong when clean, goes through all steps and restarts. ``rule`` chooses
+    the next iterate (only "pgd" uses ``step_255``); ``loss`` is what it maximizes. With
+    ``early_verdicts`` the target draws no more replicas than the ``sequential`` test needs.
+    ``replicas`` is H_def for a stochastic target that does not define ``replicas`` itself.
     """
 
     threat: ThreatModel
@@ -78,7 +78,7 @@ class AttackConfig:
         make_rule(self.rule, self.threat, self.steps, self.step_255, Generator())
 
     def early(self) -> Sequential | None:
-        """The test by which the target may stop early, if it may."""
+        """The sequential test if early verdicts are allowed, else None."""
         return self.sequential if self.early_verdicts else None
 
 
@@ -86,26 +86,26 @@ class AttackConfig:
 class Found:
     """What the search of an attack found on B images."""
 
-    adversarial: Tensor  # (B,C,H,W) pixels: where it stopped at a break, else the largest margin
+    adversarial: Tensor  # (B,C,H,W) pixels: the break that stopped it, else the largest margin
     broken_at: Tensor  # (B,) int64: updates before the first verified break, or NEVER
     restart: Tensor  # (B,) int64: the restart that broke it, or NEVER
-    losses: Tensor  # (B,3) the surrogate's at the start, the largest, the last; NaN: not attacked
-    not_finite: Tensor  # (B,) int64: steps at which its loss or its gradient was no number
+    losses: Tensor  # (B,3) surrogate loss: first, largest, last; NaN: not attacked
+    not_finite: Tensor  # (B,) int64: steps with a non-finite loss or gradient
     flat_steps: Tensor  # (B,) int64: steps at which the gradient was zero everywhere
-    verified: Tensor  # (B,2) int64: suspects that the target judged, replicas that this took
-    through_chain: Tensor  # (B,) bool: False if gradients went back through the chain unchanged
+    verified: Tensor  # (B,2) int64: suspects judged by the target, replicas drawn for them
+    through_chain: Tensor  # (B,) bool: False if the gradient of the chain was the identity
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What the target says of B clean images, and of what was found, drawn afresh."""
+    """The target's output for B clean images and, with fresh noise, for the adversarial ones."""
 
     clean_logits: Tensor  # (B, classes) mean over its replicas
-    clean_classes: Tensor  # (B,R) int16: what each of R of these says by itself
+    clean_classes: Tensor  # (B,R) int16: predicted class of each of R replicas
     adversarial_logits: Tensor  # (B, classes)
     adversarial_classes: Tensor  # (B,R) int16
     early: Tensor  # (B,2) int64: replicas that the sequential test needs for the adversarial
-    # image, and whether it then says what all of them say (1), or not (0), or NOT_MEASURED
+    # image; 1 if its verdict agrees with that of all replicas, 0 if not, or NOT_MEASURED
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class AttackRecord(Judged, Found):
     def robust(self, labels: Tensor, *, steps: int | None = None) -> Tensor:
         """(B,) bool: right when clean and not broken within ``steps`` updates (default: ever).
 
-        With several restarts, ``steps`` counts within the one that broke the image first. An image
-        whose attack went without a loss or a gradient at some step is not called robust.
+        With several restarts, ``steps`` counts within the one that first broke the image. An image
+        with a non-finite loss or gradient at any step does not count as robust.
         """
         broken = self.broken_at != NEVER
         if steps is not None:
@@ -133,8 +133,9 @@ def ask(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradient of the loss in x (B,C,H,W) or None, the loss (B,) and the logits (B, classes).
 
-    For an `EOTDefense` in mode identity the gradient is equation (10) times a positive constant:
-    the loss of the mean logits, its gradient averaged over the replicas and applied to the image.
+    For an `EOTDefense` with gradient="identity" it is H_adv times equation (10): the loss is that
+    of the mean logits, and its gradients at the purified copies are summed, not averaged. The
+    update (8) does not depend on that factor.
     """
     if not gradient:
         with torch.no_grad():
@@ -161,7 +162,7 @@ def loss_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 
 
 class Finds:
-    """What a search has found so far of images x (B,C,H,W); fields as in `Found`."""
+    """Running results of a search over images x (B,C,H,W); fields as in `Found`."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.adversarial = x.clone()
@@ -178,7 +179,7 @@ class Finds:
     def look(
         self, active: Tensor, x_adv: Tensor, margins: Tensor, losses: Tensor, slope: Tensor | None
     ) -> None:
-        """Iterates of images ``active`` (b,): the strongest, the losses, what went wrong."""
+        """Record iterates of images ``active`` (b,): largest margin, losses, bad gradients."""
         stronger = margins > self._margins[active]
         self.adversarial[active[stronger]] = x_adv[stronger]
         self._margins[active[stronger]] = margins[stronger].to(x_adv.dtype)
@@ -193,11 +194,11 @@ class Finds:
         self.not_finite[active] += ~finite
 
     def strike(self, images: Tensor, step: int, restart: int) -> None:
-        """Verified breaks."""
+        """Record verified breaks of ``images``, indices (b,) or a mask (B,)."""
         self.broken_at[images], self.restart[images] = step, restart
 
     def found(self, *, through_chain: bool) -> Found:
-        """All of it."""
+        """The final results."""
         kept = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return Found(through_chain=torch.full_like(self.unbroken(), through_chain), **kept)
 
@@ -232,10 +233,10 @@ def search(
             labels = y[active]
             slope, losses, logits = ask(surrogate, x_adv, labels, loss, gradient=rule.asks_gradient)
             finds.look(active, x_adv, margin(logits, labels), losses, slope)
-            if slope is not None:  # no step along what is no number
+            if slope is not None:  # never step along NaN or infinity
                 slope = torch.where(torch.isfinite(slope), slope, 0.0)
 
-            # Suspects of the small sample are struck only if the large sample agrees.
+            # Algorithm 1: the small sample (H_adv) flags suspects, the large one (H_def) decides.
             suspects = ~is_right(logits, labels) & finds.unbroken()[active]
             struck = torch.zeros_like(suspects)
             if suspects.any():
@@ -268,14 +269,13 @@ def run_attack(
 ) -> AttackRecord:
     """Attack images x (B,C,H,W) in [0, 1] with labels y (B,); Hill et al. (2021), Algorithm 1.
 
-    Clean images are judged, then searched for breaks (`search`), then what was found is judged
-    again with fresh noise. Both models own their noise; ``generator`` draws what the rule leaves to
-    chance; ``on_step`` is told after every step how many images are still robust.
+    The target judges the clean images, `search` attacks them, and the target judges the result
+    again with fresh noise. Both models draw their own noise; ``generator`` draws the rule's random
+    choices. ``on_step`` is called after every step with the number of images still robust.
 
-    Both are asked in evaluation mode and left in the mode that they were in. Any module from pixels
-    to logits will do; a stochastic one is judged by all its replicas, see `Replicated`.
-    `ValueError` for pixels, labels or outputs that are not what they should be, and if surrogate
-    and target would draw the same noise.
+    Both models run in evaluation mode, and their modes are restored. Any module from pixels to
+    logits will do; a stochastic one is judged by all its replicas, see `Replicated`. `ValueError`
+    for invalid pixels, labels or outputs, and if surrogate and target would draw the same noise.
     """
     check_pixels(x)
     y = labels_of(y, len(x))
@@ -288,7 +288,10 @@ def run_attack(
 
 
 def check_models(**models: object) -> None:
-    """`ValueError` for what is neither a module nor draws replicas: its mode cannot be seen."""
+    """`ValueError` unless each is an nn.Module; a target may have `replica_logits` instead.
+
+    A plain function hides the network inside it, so its mode could not be checked.
+    """
     for name, model in models.items():
         if not isinstance(model, nn.Module) and (
             name == "surrogate" or not hasattr(model, "replica_logits")
@@ -300,7 +303,7 @@ def check_models(**models: object) -> None:
 
 
 def refuse_shared_noise(surrogate: nn.Module, target: nn.Module | Replicated) -> None:
-    """`ValueError` for two defenses of one seed: the attacker would see what the judge draws."""
+    """`ValueError` if two defenses share a seed: the attacker would know the target's noise."""
     ours, theirs = seeds_of(surrogate), seeds_of(target)
     for seed in ours.keys() & theirs.keys():
         if ours[seed] is not theirs[seed]:
@@ -311,7 +314,7 @@ def refuse_shared_noise(surrogate: nn.Module, target: nn.Module | Replicated) ->
 
 
 def seeds_of(model: nn.Module | Replicated) -> dict[int | str, object]:
-    """What in a model draws replicas by a seed: the model itself, or modules of it."""
+    """Seed -> the model, or the submodule of it, that draws its replicas with that seed."""
     parts = list[object](model.modules()) if isinstance(model, nn.Module) else [model]
     found = (
         (getattr(part, "seed", None), part) for part in parts if hasattr(part, "replica_logits")
@@ -329,7 +332,7 @@ def _run(
     generator: Generator,
     on_step: Callable[[int], None] | None,
 ) -> AttackRecord:
-    """`run_attack` on what it has checked."""
+    """`run_attack` after its checks."""
     clean = answer(target, x, y, config.early())
     right = is_right(clean.logits, y)
     finds = search(surrogate, target, x, y, right, config, generator=generator, on_step=on_step)
@@ -342,7 +345,7 @@ def _run(
 def _judged(
     target: Replicated, adversarial: Tensor, y: Tensor, clean: Answer, config: AttackConfig
 ) -> Judged:
-    """The target's answer on the clean images, and a fresh one."""
+    """The target's clean answer, and a fresh one on the adversarial images."""
     afresh = answer(target, adversarial, y, config.early())
     needed, agrees = afresh.drawn, torch.full_like(y, NOT_MEASURED)
     if not config.early_verdicts:
@@ -364,9 +367,8 @@ def run_transfer(
 ) -> AttackRecord:
     """Judge images made elsewhere: x and x_adv (B,C,H,W) in [0, 1], labels y (B,).
 
-    ``config`` is that of the attack which made them; a broken image is recorded at its last step.
-    Modes, outputs and errors are those of `run_attack`; `ValueError`, too, for images outside of
-    the ball of ``config``.
+    ``config`` is that of the attack that made them; a break is recorded at its last step. Modes,
+    outputs and errors are as in `run_attack`, with a `ValueError` for x_adv outside the ball, too.
     """
     check_pixels(x)
     check_pixels(x_adv)

@@ -7,10 +7,10 @@ from torch import Generator, Tensor
 
 
 class NoisyImages:
-    """Training images (M,C,H,W) in net range as an energy sees them, with noise of their own.
+    """Training images (M,C,H,W) in net range plus Gaussian noise, as Algorithm 2 uses them.
 
-    The noise is fresh at every look; ``sigma`` is its size (tau_data in Algorithm 2). With
-    ``mirror`` there are twice as many places, 0 to 2M - 1: the second half are the mirror images.
+    Every read draws fresh noise of standard deviation ``sigma`` (tau_data in Algorithm 2). A place
+    is an index, 0 to M - 1; with ``mirror`` 0 to 2M - 1, the second half being horizontal flips.
     """
 
     def __init__(self, images: Tensor, sigma: float, *, mirror: bool = False) -> None:
@@ -19,18 +19,18 @@ class NoisyImages:
         self.mirror = mirror
 
     def places(self, count: int, *, generator: Generator) -> Tensor:
-        """Random places (n,) int64, each with the same chance."""
+        """Indices (n,) int64, drawn uniformly with replacement."""
         there = len(self.images) * (2 if self.mirror else 1)
         return torch.randint(there, (count,), generator=generator, device=self.images.device)
 
     def clean(self, places: Tensor) -> Tensor:
-        """The images (n,C,H,W) at these places (n,), without noise."""
+        """The images (n,C,H,W) at indices ``places`` (n,), without noise."""
         clean = self.images[places % len(self.images)]
         mirrored = (places >= len(self.images)).view(-1, 1, 1, 1)
         return torch.where(mirrored, clean.flip(3), clean) if mirrored.any() else clean
 
     def at(self, places: Tensor, *, generator: Generator) -> Tensor:
-        """Noisy images (n,C,H,W) at these places (n,)."""
+        """Noisy images (n,C,H,W) at indices ``places`` (n,)."""
         clean = self.clean(places)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         return clean + self.sigma * noise
@@ -67,11 +67,11 @@ class ImageBank:
         self.states[slots] = states
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it, to be saved."""
+        """The tensors to save, by name."""
         return {"states": self.states}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """What `state_dict` gave for a bank of the same size; `ValueError` for another."""
+        """Restore what `state_dict` saved; `ValueError` if that bank had another size."""
         mine = self.state_dict()
         for name, value in mine.items():
             if saved[name].shape != value.shape:
@@ -81,11 +81,11 @@ class ImageBank:
 
 
 class CompactBank(ImageBank):
-    """The same in 8 bits a value: a quarter of the memory, and of every checkpoint.
+    """An `ImageBank` with 8 bits per value: a quarter of the memory, and of every checkpoint.
 
-    Each state has its own 256 levels between its least and its greatest value. A state that is
-    written is rounded by at most half a level, about 0.004 for an image that spans [-1, 1]; by the
-    time it is written again, Langevin noise of tau sqrt(K) has come upon it, 0.1 in the paper.
+    Each state has its own 256 levels between its minimum and maximum. A write rounds by at most
+    half a level, about 0.004 for an image that spans [-1, 1]. That is small beside the Langevin
+    noise added between two writes, tau sqrt(K), which is 0.1 in the paper.
     """
 
     def __init__(self, states: Tensor) -> None:
@@ -117,11 +117,11 @@ class CompactBank(ImageBank):
 
 
 class DataBank(CompactBank):
-    """Chains that start at noisy training images and, after ``life`` visits, start anew at others.
+    """Chains from noisy training images; after ``life`` visits each restarts from another image.
 
-    The energy has to be right where purification starts, which is at images, not at noise; so a
-    bank of thousands does, whatever the size of the training set. ``life`` None: chains live for
-    ever. At the start the ages are spread evenly, so that a few chains of every batch are young.
+    Purification starts at images, not at noise, so only there must the energy be right. A bank of a
+    few thousand chains is therefore enough for a training set of any size. With ``life`` None
+    chains never restart. Initial ages are uniform, so that every batch has a few young chains.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Gradients through the Langevin chain: vector-Jacobian products without a tape over the chain.
+"""Gradients through the Langevin chain: vector-Jacobian products with checkpointing.
 
-One step is X_{k+1} = X_k - df/dX (X_k) + tau Z_k, so a cotangent goes back through it as
+One step is X_{k+1} = X_k - df/dX (X_k) + tau Z_k, so a cotangent v goes back through it as
 
-    v_k = v_{k+1} - H(X_k) v_{k+1},    H the Hessian of f
+    v_k = v_{k+1} - H(X_k) v_{k+1},    H the Hessian of f, which is symmetric.
 
-(which is symmetric). The states are found again from a few that were kept and from the noise that
-is drawn again: K steps need the memory of 2 sqrt(K) states. BPDA is H = 0, and so is the exact
-product of a piecewise linear energy, almost everywhere; ``smoothed`` rounds its corners.
+Only a few states are kept. The others are recomputed from them with the same noise, so K steps need
+the memory of 2 sqrt(K) states. BPDA sets H = 0. A piecewise linear energy has H = 0 almost
+everywhere, so its exact gradient is BPDA's; `smoothed` makes its activations smooth.
 """
 
 import copy
@@ -22,7 +22,7 @@ from defense.energy import SmoothLeakyReLU
 from defense.langevin import Chain, EnergyFn, LangevinConfig
 
 GradientMode = Literal["identity", "exact", "smoothed"]
-"""How an attack differentiates the purifier: BPDA, the chain itself, the chain made smooth."""
+"""How an attack differentiates the purifier: BPDA, the exact chain, or a smoothed energy."""
 
 CORNERS = (nn.LeakyReLU, nn.ReLU)
 
@@ -30,11 +30,11 @@ HessianProduct = Callable[[Tensor, Tensor], Tensor]
 """x, v (N,C,H,W) -> H(x) v, the same shape."""
 
 MakeProduct = Callable[[nn.Module, Tensor, int], HessianProduct]
-"""An energy, images like those to come, how often it will be asked -> its Hessian product."""
+"""An energy, example images and the number of calls to expect -> its Hessian-vector product."""
 
 
 class Segment(NamedTuple):
-    """A run of steps that can be made again: where it starts, and the generator's state there."""
+    """Steps that can be recomputed: their first state, and the generator's state there."""
 
     x: Tensor
     noise: Tensor
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
 
 
 def hessian_product(energy: EnergyFn, x: Tensor, v: Tensor) -> Tensor:
-    """H(x) v for the Hessian of f at every image, by autograd twice: x, v (N,C,H,W).
+    """H(x) v for the Hessian of f at every image, by double backward: x, v (N,C,H,W).
 
     Zero where f is piecewise linear.
     """
@@ -61,9 +61,9 @@ def autograd_product(energy: nn.Module, like: Tensor, times: int) -> HessianProd
 
 
 def smoothed(energy: nn.Module, softness: float) -> nn.Module:
-    """A copy of an energy with the corner of every leaky ReLU rounded over about sqrt(softness).
+    """A copy of an energy with every (leaky) ReLU smoothed over a width of about sqrt(softness).
 
-    `ValueError` if there is none: such an energy is to be differentiated as it is.
+    `ValueError` if it has none (differentiate such an energy as it is), or is one itself.
     """
     if not has_corners(energy):
         raise ValueError("energy: expected one with a ReLU or leaky ReLU to smooth")
@@ -79,7 +79,7 @@ def smoothed(energy: nn.Module, softness: float) -> nn.Module:
 
 
 def has_corners(energy: nn.Module) -> bool:
-    """Is there a ReLU or leaky ReLU in it?"""
+    """Whether an energy has a ReLU or leaky ReLU module."""
     return any(isinstance(module, CORNERS) for module in energy.modules())
 
 
@@ -92,9 +92,10 @@ def run_in_segments(
     generator: Generator,
     length: int | None = None,
 ) -> tuple[Tensor, list[Segment]]:
-    """The chain from x (N,C,H,W) with what is needed to go back; ``length`` steps a segment.
+    """Run the chain from x (N,C,H,W), with a checkpoint every ``length`` steps for `pull_back`.
 
-    Up to rounding the end does not depend on ``length``; None is about sqrt(K), the least memory.
+    The end does not depend on ``length``, up to rounding. None is about sqrt(K), which needs the
+    least memory.
     """
     length = length or max(1, round(math.sqrt(config.steps)))
     segments = []
@@ -116,12 +117,13 @@ def pull_back(
 ) -> Tensor:
     """v^T J (N,C,H,W), J = dX_K / dX_0 of the chain that `run_in_segments` ran.
 
-    ``product`` is that of the energy, or of another one that takes its place on the way back.
+    ``product`` is the Hessian product of the energy, or of one that replaces it going backward.
     """
     generator = Generator(v.device)
     for segment in reversed(segments):
         states: list[Tensor] = []
         generator.set_state(segment.noise)
+        # The product of each step is taken at the state before it, so the last step is not rerun.
         again = replace(config, steps=segment.steps - 1)
         last = chain(energy, segment.x, again, generator=generator, states=states)
         for x in reversed([*states, last]):

@@ -7,7 +7,7 @@ from defense.pixels import to_net
 
 
 class _Block(nn.Module):
-    """Pre-activation residual block; as in the authors' code, the second convolution strides."""
+    """Pre-activation residual block; as in the authors' code, the second convolution has stride."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -28,10 +28,11 @@ class _Block(nn.Module):
 class WideResNet(nn.Module):
     """Images (B,C,S,S) in [0, 1] -> logits (B, classes).
 
-    ``depth`` = 6 n + 4 and ``width`` as in WRN-depth-width; WRN-28-10 is the paper's. It
-    scales to [-1, 1] by itself. Convolutions carry biases, weights start Xavier-uniform with gain
-    sqrt(2), the last normalization has momentum 0.9: the authors' variant, 13 % more arithmetic
-    than the standard network because a block's stride sits on its second convolution.
+    ``depth`` = 6 n + 4 and ``width`` as in WRN-depth-width; WRN-28-10 is the paper's. It scales its
+    input to [-1, 1]. This is the authors' variant: convolutions have biases, weights are
+    initialized Xavier-uniform with gain sqrt(2), and the last normalization has momentum 0.9. It
+    takes 13 % more arithmetic than the standard network, because the stride of a block is on its
+    second convolution.
     """
 
     def __init__(self, *, depth: int, width: int, classes: int, channels: int = 3) -> None:

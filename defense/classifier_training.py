@@ -1,7 +1,7 @@
-"""Training of the classifier: SGD on crops and mirror images, as they are or moved by an adversary.
+"""Training of the classifier: SGD on random crops and flips, natural or adversarial.
 
-Natural training is what the defense secures; adversarial training (Madry et al. 2018) is what it is
-compared with. Both are one loop.
+The defense secures a naturally trained classifier. It is compared with an adversarially trained one
+(Madry et al. 2018). One loop does both.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class ClassifierTrainConfig:
             raise ValueError(f"warm_up: expected in [0, 1), got {self.warm_up}")
 
     def rate(self, epoch: float) -> float:
-        """Share of the learning rate that applies when ``epoch`` epochs are done, 0 to 1."""
+        """Factor on the learning rate after ``epoch`` (fractional) epochs, in [0, 1]."""
         if self.schedule == "step":
             return float(0.1 ** sum(epoch >= milestone for milestone in self.milestones))
         done = epoch / self.epochs
@@ -76,8 +76,8 @@ class Adversary:
     """The inner maximization of adversarial training: PGD from a random point of the ball.
 
     ``steps`` updates of length ``step_255`` / 255; Madry et al. (2018), equation (2.1). Unlike
-    theirs, it attacks the classifier in evaluation mode, so that no statistics of a normalization
-    are those of images on their way.
+    theirs, it attacks the classifier in evaluation mode, so that intermediate iterates do not
+    enter the batch-norm statistics.
     """
 
     threat: ThreatModel
@@ -92,7 +92,7 @@ class Adversary:
         *,
         generator: Generator,
     ) -> Tensor:
-        """Pixels x (B,C,S,S) in [0, 1], labels y (B,) -> the same, moved to raise the loss."""
+        """Pixels x (B,C,S,S) in [0, 1], labels y (B,) -> adversarial pixels, the same shape."""
         rule = PGD(self.threat, self.step_255, generator)
         x_adv = rule.start(x)
         for _ in range(self.steps):
@@ -106,10 +106,10 @@ class Adversary:
 class ClassifierTrainer:
     """Trains ``classifier`` in place on pixels (M,C,S,S) in [0, 1] and labels (M,) int64.
 
-    Every batch has the same size, since a short one would count as much in the statistics of the
-    normalizations: the images that are left over, drawn anew in every epoch, sit out. With an
-    ``adversary`` every batch is attacked before it is learned. ``compiled`` runs the classifier
-    through torch.compile, which pays in long trainings on a GPU.
+    All batches have the same size, because a short one would weigh as much in the batch-norm
+    statistics. The images left over, different ones in every epoch, are skipped. With an
+    ``adversary`` every batch is attacked before its update. ``compiled`` runs the classifier
+    through torch.compile, which pays off in long trainings on a GPU.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class ClassifierTrainer:
         return float(self.total / self.batches)
 
     def set_rate(self, epoch: float) -> None:
-        """The learning rate of the next update."""
+        """Set the learning rate of the next update."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self.config.rate(epoch)
 
@@ -195,7 +195,7 @@ class ClassifierTrainer:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if never stopped; on a GPU up to rounding."""
+        """Everything needed to resume the same run exactly; on a GPU up to rounding."""
         return {
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -1,10 +1,9 @@
-"""The fast chain for the convolutional energies: the call of `langevin`, at the machine's speed.
+"""The fast chain for `ConvEnergy`, with the same call as `langevin`.
 
-The gradient is a `WrittenGradient`, made anew from the weights at every call of the chain, so that
+The gradient is a `WrittenGradient`, rebuilt from the weights at every call of the chain, so that
 training may change them between calls. On a CPU the batch goes through each step in pieces whose
-activations stay in the cache. On a GPU runs of many steps are replayed as one CUDA graph. There is
-no compiler: on a CPU library kernels with weights in the library's own layout match torch.compile
-or beat it, and need no start-up.
+activations fit the cache. On a GPU many steps are replayed as one CUDA graph. torch.compile is not
+used: on a CPU, oneDNN kernels with prepacked weights are at least as fast, with no start-up.
 """
 
 import copy
@@ -21,22 +20,26 @@ from defense.langevin import ChainLog, EnergyFn, LangevinConfig
 from defense.precision import Precision, check_precision, tensor_cores
 from defense.written_gradient import WrittenGradient
 
-CACHED_VALUES = 2**18  # values of the widest activation for each CPU thread in one piece ...
-SMALLEST_SHARE = 25  # ... but at least these many images, for the sake of the matrix products
+CACHED_VALUES = 2**18  # per CPU thread: values of the widest activation in one piece ...
+SMALLEST_SHARE = 25  # ... but at least this many images, to keep matrix products efficient
 GRAPH_STEPS = 50  # Langevin steps in one CUDA graph
 SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, for the activations of one piece
 
 
 def padded_batch(count: int) -> int:
-    """The batch of a CUDA graph: few sizes; from 64 images on at most a quarter larger."""
+    """Batch size of a CUDA graph for ``count`` images: rounded up to one of few sizes.
+
+    From 64 images on it is at most a quarter larger than ``count``.
+    """
     grain = max(16, 1 << max(0, count.bit_length() - 3))
     return -(-count // grain) * grain
 
 
 def bytes_per_image(energy: ConvEnergy, precision: Precision) -> int:
-    """Peak memory of one gradient for each image in a piece: activations and working copies.
+    """Peak memory in bytes of one gradient, per image in a piece: activations and working copies.
 
-    State, noise and gradient of a chain, three float32 images, are needed for the whole batch.
+    Not counted are state, noise and gradient of the chain: three float32 images for every image of
+    the whole batch.
     """
     side, sizes = energy.shape[1], list[int]()
     for conv in cast(list[nn.Conv2d], energy.layers[:-1:2]):
@@ -57,7 +60,7 @@ class _Call(NamedTuple):
     states: list[Tensor] | None = None
 
     def advance(self, steps: int, most: int) -> None:
-        """Langevin steps with the weights as they are, gradients of ``most`` images at once.
+        """Take Langevin steps with the current weights, ``most`` images per gradient call.
 
         This is what a CUDA graph records.
         """
@@ -83,13 +86,14 @@ class _Call(NamedTuple):
 class _Graphs:
     """CUDA graphs of one step and of `GRAPH_STEPS`, over static weights, states and noise.
 
-    All graphs of one ``pool`` share its memory: none is read from after another one's replay.
+    All graphs of one ``pool`` share its memory. This is safe because nothing in it is read after
+    another graph has been replayed.
     """
 
     def __init__(self, call: _Call, pool: Any) -> None:
         x = call.x.new_zeros(padded_batch(len(call.x)), *call.x.shape[1:])
         energy = copy.deepcopy(call.energy)
-        torch.cuda.empty_cache()  # what torch keeps for later counts as free
+        torch.cuda.empty_cache()  # so that memory cached by torch counts as free
         self.most = images_at_once(energy, call.precision, x.device)
         self.logged = call.log is not None
         self.call = call._replace(
@@ -109,14 +113,14 @@ class _Graphs:
                 self.logs[steps] = self._advance(steps)
 
     def _advance(self, steps: int) -> ChainLog | None:
-        """What a graph records: the weights as they are at its replay, re-laid, then the steps."""
+        """What a graph records: prepack the weights as they are at replay, then take the steps."""
         log = ChainLog() if self.logged else None
         with tensor_cores(self.call.precision):
             self.call._replace(log=log).advance(steps, self.most)
         return log
 
     def run(self, call: _Call) -> Tensor:
-        """The end of a chain from ``call.x``; its generator moves on as if used."""
+        """The end of a chain from ``call.x``; advances the call's generator by the noise drawn."""
         for static, current in zip(
             self.call.energy.parameters(), call.energy.parameters(), strict=True
         ):
@@ -147,16 +151,17 @@ class _Graphs:
 def _keep_freed_memory(process: int) -> None:
     """Free one large block, so that glibc's allocator keeps smaller ones instead of unmapping them.
 
-    Activations freed to the system and faulted in again cost a third of the time and more.
+    Otherwise returning activations to the system and faulting them in again takes a third of the
+    time or more.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def images_at_once(energy: ConvEnergy, precision: Precision, device: torch.device) -> int:
-    """Images whose gradients are computed together: what fits a CPU's cache, a GPU's memory.
+    """Images per gradient call: as many as fit a CPU's cache or a GPU's memory.
 
-    A larger batch goes through every step in pieces. The noise is drawn for all of it, so the
-    size of a piece does not change the chain.
+    A larger batch goes through every step in pieces. The noise is drawn for the whole batch, so
+    the size of a piece does not change the chain.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -168,11 +173,11 @@ def images_at_once(energy: ConvEnergy, precision: Precision, device: torch.devic
 class CompiledLangevin:
     """`langevin` for a `ConvEnergy` on a CPU or a CUDA device, in float32 or with less precision.
 
-    State and noise are float32 always; ``precision`` is that of the energy's gradient, and tf32
+    State and noise are always float32; ``precision`` is that of the energy's gradient, and tf32
     differs from float32 on CUDA only. On a CPU the noise is the plain chain's, and the same seed
-    gives the same bits; on CUDA it is the plain chain's for a batch of `padded_batch` images, and
-    results repeat up to rounding, since kernels are chosen by timing. Copies and pickles of an
-    instance leave its CUDA graphs behind.
+    gives the same bits. On CUDA the noise is the plain chain's for a batch of `padded_batch`
+    images, and results repeat up to rounding, since kernels are chosen by timing. Copies and
+    pickles of an instance drop its CUDA graphs.
     """
 
     def __init__(self, *, precision: Precision = "float32") -> None:
@@ -206,7 +211,7 @@ class CompiledLangevin:
         run = self._replay if x.is_cuda else _run
         if (
             "torch._dynamo" in sys.modules
-        ):  # of torch.compile, which takes as long to import as torch
+        ):  # not imported just for this: it takes as long to import as torch itself
             run = torch.compiler.disable(run)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return run(call)

@@ -1,4 +1,4 @@
-"""What one looks at to judge an energy: states along chains, and their energies."""
+"""Diagnostics of an energy: states along chains, and their energies."""
 
 from collections.abc import Sequence
 
@@ -52,13 +52,14 @@ def level_changes(
     generator: Generator,
     max_chains: int,
 ) -> Tensor:
-    """How far chains from noisy data sink or rise: mean U after the steps less mean U before.
+    """Energy drift of chains from noisy data: mean U after the steps minus mean U before.
 
     x (N,C,H,W) in net range are images with the noise that the energy was trained on; the result is
-    (len(grid),), in nats. A convergent energy has 0 at every number of steps, for images that it
-    was trained on and for others. What is not 0 tells what is wrong: below 0 for images of the bank
-    only, the energy remembers the bank; below 0 for all training images, it overfits; below 0 for
-    all images, it has risen where its chains have been of late, and is not at rest.
+    (len(grid),), in nats. For a convergent energy it is 0 at every number of steps, on training
+    images and on others. If it is negative for images of the bank only, the energy has memorized
+    the bank. If it is negative for all training images, the energy overfits. If it is negative for
+    all images, training has recently raised the energy where its chains were, and has not
+    converged.
     """
     states = states_at(
         energy, x, grid, tau=tau, chain=chain, generator=generator, max_chains=max_chains

@@ -1,8 +1,8 @@
 """Training of the energy, Algorithm 2 of Hill et al. (2021).
 
-Beside the paper's settings there are four switches that make it cheap, each off by default: pairs
-that are coupled, a rate that falls to zero, averaged weights, and (in `defense.bank`) chains that
-start at data. docs/method.md says what each is good for.
+Four options beyond the paper make training cheaper, each off by default: coupled pairs, a learning
+rate that decays to zero, averaged weights, and (in `defense.bank`) chains that start at data.
+docs/method.md says what each is good for.
 """
 
 import math
@@ -22,14 +22,14 @@ from defense.precision import Precision, arithmetic, check_precision
 class EBMTrainConfig:
     """One phase of Algorithm 2. All lengths are in net-range units.
 
-    The network returns f = (tau^2 / 2) U. Adam is given the gradient of U, and SGD too, with its
-    rate multiplied by tau^2 / 2, so that an SGD update moves the weights by ``learning_rate`` times
-    the gradient of f: the authors' scaling.
+    The network returns f = (tau^2 / 2) U. Adam and SGD both get the gradient of U. The SGD rate is
+    multiplied by tau^2 / 2, so that an update moves the weights by ``learning_rate`` times the
+    gradient of f, the authors' scaling.
 
-    ``falls_over``: so many updates in which the rate falls to zero along half a cosine; None keeps
-    it constant. ``coupled``: the data of a batch are the images at which its chains once started,
-    so that most of what distinguishes one image from another cancels in the energy gap; it needs a
-    `DataBank`. ``average``: the decay of an exponential moving average of the weights; 0 is none.
+    ``falls_over``: number of updates over which the rate decays to zero along half a cosine; None
+    keeps it constant. ``coupled``: the data of a batch are the images from which its chains once
+    started, so that most of the variation between images cancels in the energy gap; it needs a
+    `DataBank`. ``average``: decay of an exponential moving average of the weights; 0 for none.
     """
 
     optimizer: Literal["adam", "sgd"]
@@ -55,7 +55,7 @@ class EBMTrainConfig:
             raise ValueError(f"average: expected in [0, 1), got {self.average}")
 
     def rate(self, updates: int) -> float:
-        """The learning rate after so many updates."""
+        """The learning rate after ``updates`` updates."""
         if self.falls_over is None:
             return self.learning_rate
         done = min(1.0, updates / self.falls_over)
@@ -64,7 +64,7 @@ class EBMTrainConfig:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one watches in training, both on the device: read them seldom."""
+    """Training diagnostics, both on the device: reading one waits for the GPU, so read rarely."""
 
     energy_gap: Tensor  # mean U(data) - mean U(chains); hovers around 0 when all is well
     gradient_norm: Tensor  # l_2 norm of df/dx, mean over the chains and their steps
@@ -105,12 +105,12 @@ class EBMTrainer:
 
     @property
     def trained(self) -> nn.Module:
-        """The energy to be used: averaged weights where there are some."""
+        """The trained energy: the averaged weights if ``average`` is on, else the current ones."""
         trained: nn.Module = self.average.module if self.average else self.energy
         return trained
 
     def update(self) -> UpdateStats:
-        """One batch: data with noise against persistent chains, one step of the optimizer."""
+        """One update of Algorithm 2: noisy data against persistent chains, one optimizer step."""
         config, generator = self.config, self.generator
 
         # 1. Data X+ with Gaussian noise of size tau_data, and chains from the bank.
@@ -124,12 +124,12 @@ class EBMTrainer:
             )
             slots, states = self.bank.draw(config.batch, generator=generator)
 
-        # 2. The chains go K steps on, to X-, and back into the bank.
+        # 2. K more Langevin steps give the samples X-, which go back into the bank.
         log = ChainLog()
         states = self.chain(self.energy, states, config.langevin, generator=generator, log=log)
         self.bank.write(slots, states)
 
-        # 3. The maximum-likelihood gradient, equation (2); both means from one pass.
+        # 3. The gradient of the energy gap is equation (2). One pass computes both means.
         both = torch.cat([data, states]).contiguous(memory_format=torch.channels_last)
         with arithmetic(config.precision, both.device):
             data_energies, chain_energies = self.energy(both).float().chunk(2)
@@ -145,18 +145,18 @@ class EBMTrainer:
         return UpdateStats(energy_gap.detach(), log.mean_gradient_norm())
 
     def _average(self, mean: Tensor, now: Tensor, updates: Tensor | int) -> Tensor:
-        """The next average of a weight; the first ones fade sooner, as they are of least worth."""
+        """The next average of a weight. The decay starts low, so that early weights fade faster."""
         decay = min(self.config.average, float((1 + updates) / (10 + updates)))
         return torch.lerp(mean, now, 1.0 - decay)
 
     def _set_rate(self) -> None:
-        """The learning rate of this update."""
+        """Set the learning rate of this update; for SGD times tau^2 / 2."""
         rate = self.config.rate(self.batches_done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate if self.config.optimizer == "adam" else rate * self.half_tau2
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if never stopped; on a GPU up to rounding."""
+        """Everything needed to resume the same run exactly; on a GPU up to rounding."""
         average = {"average": self.average.state_dict()} if self.average else {}
         return {
             **average,

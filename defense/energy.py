@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class SmoothLeakyReLU(nn.Module):
     """Leaky ReLU with its corner rounded over a width of about ``sqrt(softness)``.
 
-    h(x) = (1 + s)/2 x + (1 - s)/2 (sqrt(x^2 + e) - sqrt(e)), with s = 0.05 and e = 0.01. Its second
-    derivative is nonzero, so exact gradients through a chain carry information that a piecewise
-    linear energy hides.
+    h(x) = (1 + s)/2 x + (1 - s)/2 (sqrt(x^2 + e) - sqrt(e)), s the slope (0.05), e the softness
+    (0.01). Its second derivative is nonzero, so the exact gradient through a chain is not the
+    identity of BPDA, as it is for a piecewise linear energy.
     """
 
     def __init__(self, negative_slope: float = 0.05, softness: float = 0.01) -> None:
@@ -43,8 +43,8 @@ class ConvEnergy(nn.Module):
     2 that halve the image and double the channels until the side is at most 4, then one convolution
     over what is left to a single number. 32x32x3 with width 32 has the paper's 693,569 parameters.
 
-    ``sigma`` is the noise on the images that it models, in net range: training adds it to the data.
-    None says that it is not known; `defense.langevin.denoised` needs it.
+    ``sigma`` is the standard deviation of the noise that training adds to the data, in net range;
+    None if unknown. `defense.langevin.denoised` needs it.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ConvEnergy(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def check(self, x: Tensor) -> None:
-        """Refuse images that would not turn into one number each."""
+        """`ValueError` unless x is (N,C,S,S) of this size, so that each image gives one number."""
         if x.ndim != 4 or x.shape[1:] != self.shape:
             expected = "(N,{},{},{})".format(*self.shape)
             raise ValueError(f"x: expected images {expected}, got shape {tuple(x.shape)}")

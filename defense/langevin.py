@@ -5,7 +5,7 @@ Energies here return f = (tau^2 / 2) U, so the paper's step
     X_{k+1} = X_k - (tau^2 / 2) dU/dX (X_k) + tau Z_k,    Z_k ~ N(0, I)
 
 reads ``x - df/dx + tau z``. Its stationary density is proportional to exp(-U) = exp(-2 f / tau^2)
-as tau -> 0. Nothing is clipped: a chain lives in net range but is not bounded by it.
+as tau -> 0. States are never clipped and may leave the net range [-1, 1].
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ EnergyFn = Callable[[Tensor], Tensor]
 class LangevinConfig:
     """One chain: ``steps`` is the paper's K, ``tau`` its step size, in net-range units.
 
-    ``tau`` is that of the energy's training: the network returns (tau^2 / 2) U for that very tau.
-    ``denoise`` asks whoever uses the end of the chain to take its noise off (`denoised`); the chain
-    itself does not look at it.
+    ``tau`` must be the one that the energy was trained with, since the network returns
+    (tau^2 / 2) U. ``denoise`` asks the caller to denoise the end of the chain (`denoised`); the
+    chain itself ignores it.
     """
 
     steps: int
@@ -41,7 +41,7 @@ class LangevinConfig:
 
 @dataclass
 class ChainLog:
-    """What a chain writes down of itself: before every step, one number for each of N images."""
+    """Diagnostics of a chain: energy and gradient norm of each of N images, before every step."""
 
     energies: list[Tensor] = field(default_factory=list)  # f(X_k), K rows (N,)
     gradient_norms: list[Tensor] = field(default_factory=list)  # l_2 norm of df/dx, K rows (N,)
@@ -73,7 +73,7 @@ class Chain(Protocol):
 
 
 def energy_and_gradient(energy: EnergyFn, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at x (N,C,H,W): f (N,) and df/dx (N,C,H,W), under whatever grad mode the caller set."""
+    """Energy f (N,) and gradient df/dx (N,C,H,W) at x (N,C,H,W), in any grad mode of the caller."""
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone().detach().requires_grad_(True)
         f = energy(x)
@@ -109,24 +109,25 @@ def langevin(
 
 
 def denoised(energy: EnergyFn, x: Tensor, tau: float, *, chain: Chain = langevin) -> Tensor:
-    """The clean image to expect behind each noisy one: x (N,C,H,W) in net range -> the same shape.
+    """Posterior mean of each clean image given a noisy one: x (N,C,H,W) in net range -> the same.
 
-    An energy trained on images plus noise N(0, sigma^2) has chains that end with that noise on
-    them. Tweedie's formula (Efron 2011) takes it off in one step,
+    An energy trained on images plus noise N(0, sigma^2) models noisy images, so its chains end with
+    that noise. Tweedie's formula (Efron 2011) removes it in one step,
 
         E[image | x] = x - sigma^2 dU/dx = x - (2 sigma^2 / tau^2) df/dx,
 
-    if exp(-U) is the density of noisy images. ``energy.sigma`` says sigma; `ValueError` if it does
-    not. ``chain`` computes df/dx: it is asked for one step without noise.
+    if exp(-U) is proportional to the density of noisy images. sigma is ``energy.sigma``;
+    `ValueError` if that is missing. ``chain`` computes df/dx, as one step without noise.
     """
     factor = denoising_factor(energy, tau)
+    # One step with tau = 0 ends at x - df/dx.
     without_noise = LangevinConfig(1, 0.0)
     moved = chain(energy, x, without_noise, generator=Generator(x.device))
     return x + factor * (moved - x)
 
 
 def denoising_factor(energy: EnergyFn, tau: float) -> float:
-    """2 sigma^2 / tau^2: `denoised` moves by so many times -df/dx."""
+    """2 sigma^2 / tau^2, the factor on -df/dx in `denoised`; `ValueError` without a sigma."""
     sigma: float | None = getattr(energy, "sigma", None)
     if sigma is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What an attack makes larger: losses of logits (B, classes) for labels (B,), one number each."""
+"""The losses that an attack maximizes: logits (B, classes) and labels (B,) -> (B,)."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,8 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Best wrong logit minus the right one: positive where the prediction is wrong.
 
-    Carlini & Wagner (2017). Unlike cross-entropy it does not vanish where the classifier is sure.
+    Carlini & Wagner (2017). Unlike cross-entropy it does not saturate where the classifier is
+    confident.
     """
     right = logits.gather(1, y[:, None]).squeeze(1)
     wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1)
@@ -26,9 +27,10 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio, Croce & Hein (2020): the margin over z_(1) - z_(3).
+    """Difference of logits ratio, Croce & Hein (2020): the margin divided by z_(1) - z_(3).
 
-    Neither shift nor scale of the logits changes it. `ValueError` with fewer than three classes.
+    z_(k) is the k-th largest logit. Invariant to shift and scale of the logits. `ValueError` with
+    fewer than three classes.
     """
     if logits.shape[1] < 3:
         raise ValueError(f"dlr: expected at least 3 classes, got {logits.shape[1]}")

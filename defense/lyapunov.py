@@ -1,12 +1,12 @@
-"""How fast neighbouring Langevin chains part: the maximal Lyapunov exponent, equation (12).
+"""How fast neighbouring Langevin chains separate: the maximal Lyapunov exponent, equation (12).
 
 A network returns f = (tau^2 / 2) U, so the altered map of Hill et al. (2021), equation (13),
 
     T_eta(X) = X - (tau^2 / 2) dU/dX (X) + eta tau Z,    Z ~ N(0, I)
 
-is the ordinary chain with step size eta tau. Beside each chain runs a second one with the same
-noise, a small distance away; again and again the growth of the distance is noted and the second
-chain pulled back along the line between the two (Benettin et al. 1976).
+is the ordinary chain with step size eta tau. Each chain has a neighbour a small distance away that
+gets the same noise. At regular intervals the growth of the distance is recorded, and the neighbour
+is moved back to the initial distance, along the line between the two (Benettin et al. 1976).
 """
 
 import torch
@@ -31,27 +31,28 @@ def lyapunov_exponents(
 ) -> tuple[Tensor, Tensor]:
     """Exponents per Langevin step, float64 (N,), and last states, from x (N,C,H,W) in net range.
 
-    The mean logarithm of growth per step over ``steps`` steps, after ``burn_in`` uncounted ones,
-    of a distance that starts in a random direction and is set back every ``every`` steps to
-    ``separation``, l_2 over the image in net range. Above 0 neighbours part: chaos. Below 0 the
-    noise that they share brings them together. Hill et al. (2021), Appendix C.2, equations (12)
-    and (13).
+    An exponent is the mean log growth per step of the distance between the two chains, over
+    ``steps`` steps after ``burn_in`` uncounted ones. The distance (l_2 over the image, net range)
+    starts in a random direction and is reset to ``separation`` every ``every`` steps. A positive
+    exponent means that neighbours separate: chaos. A negative one means that the shared noise
+    brings them together. Hill et al. (2021), Appendix C.2, equations (12) and (13).
 
-    Choose ``separation`` far above the resolution eps |x| of a state, some 1e-6 for an 8x8 image in
-    float32: rounding shifts an exponent by some (eps |x| / separation)^2, and a gradient computed
-    in bfloat16 drowns as much as 1e-3. Choose it, and ``every``, so small that a distance stays far
-    below the width over which the gradient bends, and neither matters. A piecewise linear energy
-    (leaky ReLU) has no such width: gradients differ only where a corner lies between the two
-    chains, the limit of equation (12) is 0, and an exponent belongs to the separation and ``every``
-    that it was measured at.
+    Choose ``separation`` far above the resolution eps |x| of a state, about 1e-6 for an 8x8 image
+    in float32: rounding shifts an exponent by about (eps |x| / separation)^2. A gradient in
+    bfloat16 hides even a separation of 1e-3. Choose ``separation`` and ``every`` so small that the
+    distance stays far below the scale on which the gradient varies; then the exponent depends on
+    neither. A piecewise linear energy (leaky ReLU) has no such scale: gradients differ only where a
+    kink lies between the two chains, and the limit in equation (12) is 0. Its exponents hold only
+    for the ``separation`` and ``every`` that they were measured with.
 
-    A distance below the resolution counts as the resolution: chains that meet exactly yield an
-    upper bound instead of -inf, and are set apart again in their last direction. The exponent is
+    A distance below the resolution counts as the resolution. So chains that meet exactly give an
+    upper bound instead of -inf, and are separated again in their last direction. The exponent is
     NaN if either chain diverges, or if a state is so large that ``separation`` is lost in rounding.
 
-    At most ``max_chains`` images run at a time. Each such piece draws from ``generator`` its
-    directions, then the noise of the plain chain of burn_in + steps steps that its last states are
-    the end of. `ValueError` for a number out of range, or steps that ``every`` does not divide.
+    At most ``max_chains`` images run at a time. Each such piece draws its directions from
+    ``generator``, then the noise of burn_in + steps steps; its last states are those of the plain
+    chain with that noise. `ValueError` for a number out of range, or steps that ``every`` does not
+    divide.
     """
     least = {"eta": 0, "tau": 0, "burn_in": 0, "steps": 1, "every": 1, "max_chains": 1}
     given = (eta, tau, burn_in, steps, every, max_chains)
@@ -90,11 +91,12 @@ def _leg(
     chain: Chain,
     generator: Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From a setting-back to the next: new states, new offsets (N,C,H,W), log of growth (N,)."""
+    """The steps between two resets: new states, new offsets (N,C,H,W), log of growth (N,)."""
     second = (state + offset * (separation / _length(offset))).to(state.dtype)
-    start = _length(second - state)  # what rounding has left of separation
+    start = _length(second - state)  # ``separation`` up to rounding
     resolution = torch.finfo(state.dtype).eps * _length(state).clamp(min=separation)
 
+    # With the same noise the distance grows by the gradient alone: the noise terms cancel.
     same_noise = generator.clone_state()
     state = chain(energy, state, config, generator=generator)
     difference = chain(energy, second, config, generator=same_noise) - state

@@ -1,9 +1,9 @@
-"""A CPU's convolutions and matrix products, with the weights laid out for its library once.
+"""CPU convolutions and matrix products with weights prepacked once for oneDNN.
 
-`F.conv2d` brings the weights into oneDNN's own layout anew at every call. The operators that take
-them as laid out are private to torch (`torch.ops.mkldnn`: torch.compile emits them). So they are
-tried before they are trusted, in this module only; where they are missing, changed or wrong, and on
-a GPU, plain torch computes the same.
+`F.conv2d` reorders the weights into oneDNN's own layout at every call. The operators that take
+prepacked weights are private to torch (`torch.ops.mkldnn`: torch.compile emits them). Only this
+module uses them, and it tests them first. Where they are missing, changed or wrong, and on a GPU,
+plain torch computes the same.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
 
-NO_ACTIVATION: tuple[Any, ...] = ("none", [], "")  # to be applied to the result
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the trial, relative to the largest
+NO_ACTIVATION: tuple[Any, ...] = ("none", [], "")  # fused into the operator
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the self-test, relative to the maximum
 
 
 def lays_out(weight: Tensor) -> bool:
-    """Whether weights of this kind are laid out for the library, and not left to plain torch."""
+    """Whether weights of this device and dtype are prepacked for oneDNN, not left to torch."""
     return not weight.is_cuda and weight.dtype in TOLERANCE and _can_be_trusted(weight.dtype)
 
 
@@ -33,7 +33,7 @@ def linear(weight: Tensor, bias: Tensor | None) -> Map:
 
 
 def convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[int]) -> Map:
-    """(N,in,S,S) -> (N,out,T,T) with padding 1; ``inputs`` is the usual shape of the former."""
+    """(N,in,S,S) -> (N,out,T,T) with padding 1; ``inputs`` is the typical input shape."""
     weight = weight.contiguous(memory_format=torch.channels_last)
     if lays_out(weight):
         return _convolution(weight, bias, stride, inputs)
@@ -41,9 +41,9 @@ def convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[i
 
 
 def transposed_convolution(weight: Tensor, rest: int, inputs: list[int]) -> Map:
-    """(N,in,T,T) -> (N,out,S,S), S = 2 T + ``rest``: of a 4x4 kernel, stride 2 and padding 1.
+    """(N,in,T,T) -> (N,out,S,S), S = 2 T + ``rest``, with a 4x4 kernel, stride 2 and padding 1.
 
-    ``weight`` is (in,out,4,4), ``inputs`` the usual shape of the images.
+    ``rest`` is the output padding, ``weight`` is (in,out,4,4), ``inputs`` the typical input shape.
     """
     if lays_out(weight):
         return _transposed_convolution(weight, rest, inputs)
@@ -73,7 +73,7 @@ def _transposed_convolution(weight: Tensor, rest: int, inputs: list[int]) -> Map
 
 @cache
 def _can_be_trusted(dtype: torch.dtype) -> bool:
-    """Whether the operators are there and compute what plain torch does: tried on small numbers."""
+    """Self-test: whether the operators exist and agree with plain torch on small tensors."""
     if not torch.backends.mkldnn.is_available():
         return False
     draw = torch.Generator().manual_seed(0)

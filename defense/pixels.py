@@ -36,7 +36,7 @@ def check_pixels(x: Tensor, *, beyond: float = 1e-6) -> None:
         )
     if x.numel():
         low, high = (float(end) for end in x.detach().aminmax())
-        if not (-beyond <= low and high <= 1.0 + beyond):  # nor if one is not a number
+        if not (-beyond <= low and high <= 1.0 + beyond):  # written so that NaN fails, too
             raise ValueError(
                 f"x: expected pixels in [0, 1], got {low:g} to {high:g}; divide 0..255 by "
                 "255, and put a normalization into the classifier"

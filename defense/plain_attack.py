@@ -1,7 +1,7 @@
-"""Algorithm 1 of Hill et al. (2021) as it is printed, for reading and for comparison.
+"""Algorithm 1 of Hill et al. (2021) as printed, for reading and for comparison.
 
-The reference of `defense.attack.run_attack`: every image goes to the last step, whether broken or
-not, and every suspect is verified by itself. Same verdicts, far more work.
+The reference for `defense.attack.run_attack`. It attacks every image to the last step, even a
+broken one, and verifies suspects one at a time. The verdicts are the same, at far higher cost.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,7 @@ def algorithm_1(
     clean_correct = is_right(target(x), y)
     broken_at = torch.full_like(y, NEVER)
     x_adv = threat.random_point(x, generator=generator)
+    # n is the number of updates behind x_adv: Algorithm 1 has X_{n-1} for n = 1 to N + 1.
     for n in range(steps + 1):
         gradient, logits = loss_gradient(surrogate, x_adv, y)
         for m in range(len(x)):

@@ -1,4 +1,4 @@
-"""Arithmetic of a network: float32, or faster with fewer digits. State and weights: float32."""
+"""Arithmetic precision of a network: float32, tf32 or bfloat16. State and weights are float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ def check_precision(precision: Precision) -> Precision:
 
 @contextmanager
 def tensor_cores(precision: Precision) -> Iterator[None]:
-    """Inside, CUDA convolves float32 tensors as float32, unless ``precision`` allows tf32.
+    """Context in which CUDA convolutions compute in full float32, unless ``precision`` allows tf32.
 
-    torch's own default is tf32. Kernels are chosen by timing them. On a CPU nothing differs.
+    torch's own default is tf32. cuDNN chooses kernels by timing them. No effect on a CPU.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.benchmark

@@ -1,4 +1,4 @@
-"""Trained networks from their files: the only module here that reads one."""
+"""Energies and classifiers, loaded from the safetensors files of their training."""
 
 import json
 from collections.abc import Callable
@@ -18,9 +18,9 @@ Network = TypeVar("Network", bound=nn.Module)
 def load_energy(path: str | Path) -> tuple[ConvEnergy, float]:
     """A frozen energy on the CPU, and tau, the step size with which it was trained.
 
-    ``path`` is a safetensors file of `stochsec train-ebm`, such as those in pretrained/; it says
-    which network it holds, and with what noise (``energy.sigma``) it was trained.
-    `FileNotFoundError` if it is not there, `ValueError` if it is something else.
+    ``path`` is a safetensors file of `stochsec train-ebm`, such as those in pretrained/. It also
+    holds the architecture and the training noise (``energy.sigma``). `FileNotFoundError` if there
+    is no file, `ValueError` if it is of another kind.
     """
     energy, about = _load(path, ConvEnergy, "an energy of `stochsec train-ebm`", says=("tau",))
     return energy, float(about["tau"])
@@ -39,7 +39,7 @@ def _load(
 ) -> tuple[Network, dict[str, Any]]:
     """The network that a file describes, with its weights, and the whole description.
 
-    ``says`` are numbers that the description must have.
+    ``says`` names the numbers that the description must have.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")

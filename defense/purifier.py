@@ -1,4 +1,4 @@
-"""What a purifier is, and the paper's: Langevin chains under an energy (Hill et al. 2021).
+"""The purifier interface, and the paper's purifier: Langevin chains (Hill et al. 2021).
 
 | a purifier that has ...          | gives an attack, besides BPDA's identity ...                |
 |----------------------------------|-------------------------------------------------------------|
@@ -24,15 +24,18 @@ from defense.langevin import Chain, LangevinConfig, denoised, denoising_factor, 
 from defense.pixels import to_net, to_pixels
 
 WayBack = Callable[[Tensor], Tensor]
-"""v (N,C,H,W) -> v^T d(purified)/dx, the same shape, for the very images and noise of one call."""
+"""The vector-Jacobian product of one call, for its images and its noise.
+
+v (N,C,H,W) -> v^T d(purified)/dx, the same shape.
+"""
 
 
 class Purifier(Protocol):
     """Pixels (N,C,H,W) in [0, 1] -> purified pixels, the same shape, in any range.
 
-    All its noise comes from ``generator``, which lives on the device of x and which the call
-    advances. Each image is purified by itself: what becomes of it does not depend on the others,
-    apart from the noise that they draw.
+    All its noise comes from ``generator``, which is on the device of x and which the call advances.
+    Images are purified independently: given its noise, the result for an image does not depend on
+    the others.
     """
 
     def __call__(self, x: Tensor, *, generator: Generator) -> Tensor: ...
@@ -40,24 +43,25 @@ class Purifier(Protocol):
 
 @runtime_checkable
 class Reversible(Protocol):
-    """A purifier that knows its own gradient."""
+    """A purifier that computes its own vector-Jacobian product."""
 
     def __call__(self, x: Tensor, *, generator: Generator) -> Tensor: ...
 
     def with_way_back(self, x: Tensor, *, generator: Generator) -> tuple[Tensor, WayBack]:
-        """The purified pixels, and how a gradient at them goes back to x."""
+        """The purified pixels, and the vector-Jacobian product from them back to x."""
         ...
 
 
 class LangevinPurifier(nn.Module):
     """T(x) = X_K of the chain that starts at X_0 = x (Hill et al. 2021, equation 3).
 
-    With ``config.denoise`` the noise that a chain ends with is taken off (`denoised`). Pixels come
-    out unclamped. ``chain`` runs the steps: `langevin`, the plain reference, or a fast one. The way
-    back is that of these very chains, noise and all; with a ``softness`` the corners of a (leaky)
-    ReLU energy are rounded over about sqrt(``softness``) on it, since the second derivative of such
-    an energy is zero and its exact way back the identity. ``product`` makes the Hessian products,
-    and ``segment`` is how many steps are made again at once (None: about sqrt(K), least memory).
+    With ``config.denoise`` the end of each chain is denoised (`denoised`). Output pixels are not
+    clamped. ``chain`` runs the steps: `langevin`, the plain reference, or a fast one. The backward
+    pass differentiates the same chains with the same noise. A (leaky) ReLU energy has a zero
+    Hessian almost everywhere, so its exact gradient is the identity; a ``softness`` smooths its
+    activations over about sqrt(``softness``), in the backward pass only. ``product`` makes the
+    Hessian-vector products; ``segment`` is the number of steps recomputed at once (None: about
+    sqrt(K), the least memory).
     """
 
     def __init__(
@@ -77,9 +81,9 @@ class LangevinPurifier(nn.Module):
         self.softness = softness
         self.product = product
         self.segment = segment
-        self._energy_on_the_way_back()  # or an error, now and not in the middle of an attack
+        self._energy_on_the_way_back()  # raises now, not in the middle of an attack
         if config.denoise:
-            denoising_factor(energy, config.tau)  # the same
+            denoising_factor(energy, config.tau)  # likewise
 
     @torch.no_grad()
     def forward(self, x: Tensor, *, generator: Generator) -> Tensor:
@@ -90,7 +94,7 @@ class LangevinPurifier(nn.Module):
 
     @torch.no_grad()
     def with_way_back(self, x: Tensor, *, generator: Generator) -> tuple[Tensor, WayBack]:
-        """The call itself, its chains to be made again from a few kept states."""
+        """`forward` and its vector-Jacobian product, which recomputes the chains in segments."""
         if self.config.steps == 0:
             return x, lambda v: v
         end, segments = run_in_segments(
@@ -102,9 +106,10 @@ class LangevinPurifier(nn.Module):
             length=self.segment,
         )
 
-        def back(v: Tensor) -> Tensor:  # to net range and back again, scales cancel
+        def back(v: Tensor) -> Tensor:  # the scales of to_net and to_pixels cancel
             energy = self._energy_on_the_way_back()
             product = self.product(energy, v, self.config.steps)
+            # `denoised` has the Jacobian I - (2 sigma^2 / tau^2) H(X_K), which is symmetric.
             if self.config.denoise:
                 v = v - denoising_factor(self.energy, self.config.tau) * product(end, v)
             return pull_back(self.chain, self.energy, self.config, segments, v, product=product)
@@ -112,7 +117,7 @@ class LangevinPurifier(nn.Module):
         return self._shown(end), back
 
     def _shown(self, end: Tensor) -> Tensor:
-        """What is seen of the end of a chain, as pixels."""
+        """The end of a chain as pixels, denoised if ``config.denoise``."""
         if self.config.denoise:
             end = denoised(self.energy, end, self.config.tau, chain=self.chain)
         return to_pixels(end)

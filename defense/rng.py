@@ -1,4 +1,4 @@
-"""Randomness with a purpose: one seed and a name for the draw give one generator."""
+"""Random generators: one for each seed and purpose."""
 
 import hashlib
 

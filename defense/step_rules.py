@@ -1,8 +1,8 @@
-"""Where an attack looks next: the hole in the attack loop that PGD, APGD, Square and noise fill.
+"""The update rules of the attack loop: PGD, APGD, Square, and random noise as a control.
 
-A rule starts near the images x (B,C,H,W) in [0, 1] and is told, step by step, the surrogate's
-losses (B,), its gradients if ``asks_gradient``, and which images go on. What it proposes lies in
-the ball and the pixel box.
+A rule starts near the images x (B,C,H,W) in [0, 1]. After each step it gets the surrogate's losses
+(B,), its gradients if ``asks_gradient``, and which images continue. All its proposals lie in the
+ball and in [0, 1].
 """
 
 import math
@@ -23,13 +23,13 @@ class StepRule(Protocol):
     asks_gradient: bool
 
     def start(self, x: Tensor) -> Tensor:
-        """The first point to look at for each image."""
+        """The first iterate of each image."""
 
     def next(self, x_adv: Tensor, losses: Tensor, gradient: Tensor | None) -> Tensor:
-        """Where to look after x_adv (B,C,H,W), the last proposal."""
+        """The next iterate after x_adv (B,C,H,W), the last one, given its losses and gradient."""
 
     def keep(self, mask: Tensor) -> None:
-        """Go on with these of the images, (B,) bool."""
+        """Continue with the images in ``mask`` only, (B,) bool."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class PGD:
 
 @dataclass
 class Noise:
-    """Fresh random points of the ball: the control that no gradient and no memory guides."""
+    """Fresh random points of the ball: a control without gradient or memory."""
 
     threat: ThreatModel
     generator: Generator
@@ -82,9 +82,9 @@ class _Climb:
     best_gradient: Tensor
     best_loss: Tensor
     last_loss: Tensor
-    step: Tensor  # length of a step, in pixels
-    rises: Tensor  # of the loss since the last checkpoint
-    halved: Tensor  # at the last checkpoint
+    step: Tensor  # length of a step, in pixel units
+    rises: Tensor  # number of times the loss rose since the last checkpoint
+    halved: Tensor  # bool: the step was halved at the last checkpoint
     best_then: Tensor  # largest loss at the last checkpoint
 
 
@@ -92,9 +92,10 @@ class _Climb:
 class APGD:
     """PGD with momentum that halves its step where the loss stalls; Croce & Hein (2020).
 
-    The step starts at twice the radius. At checkpoints that grow denser, an image whose loss rose
-    in fewer than three quarters of the steps since the last one, or whose largest loss has not
-    grown over two, goes on from its best point with half the step. ``steps`` updates in all.
+    The step starts at twice the radius. Checkpoints come at ever shorter intervals. There an image
+    restarts from its best point with half the step if its loss rose in fewer than three quarters of
+    the steps since the last checkpoint, or if its step was not halved there and its largest loss
+    has not grown since. ``steps`` is the total number of updates.
     """
 
     threat: ThreatModel
@@ -129,6 +130,8 @@ class APGD:
         s.best_gradient = torch.where(_wide(better), gradient, s.best_gradient)
         if self.taken in self.checkpoints:
             x_adv, gradient = self._checkpoint(x_adv, gradient)
+        # Croce & Hein (2020), Algorithm 1: z is a PGD step of length ``step`` along a unit step
+        # of steepest ascent; the move mixes it with momentum, from the second update on.
         ahead = self.threat.ascend(torch.zeros_like(x_adv), gradient, 255.0)
         z = self.threat.project(x_adv + _wide(s.step) * ahead, s.x)
         pull = self.momentum if self.taken else 1.0
@@ -141,6 +144,7 @@ class APGD:
     def _checkpoint(self, x_adv: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Halve the step of images that stall, and put them back to their best point."""
         s = self.state
+        # Condition 1: too few rises. Condition 2: same step and same maximum as last time.
         stalled = s.rises < self.enough_rises * self.since
         stalled |= ~s.halved & (s.best_loss <= s.best_then)
         s.step = torch.where(stalled, 0.5 * s.step, s.step)
@@ -155,7 +159,10 @@ class APGD:
 
 
 def checkpoints(steps: int) -> set[int]:
-    """Steps after which APGD reconsiders: at 22 % of them, then at ever shorter distances."""
+    """The checkpoints of APGD, Croce & Hein (2020), as numbers of updates.
+
+    Shares of ``steps``: p_1 = 0.22, then p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06).
+    """
     points, before, now = set[int](), 0.0, 0.22
     while now <= 1.0:
         points.add(math.ceil(round(now * steps, 6)))
@@ -165,11 +172,12 @@ def checkpoints(steps: int) -> set[int]:
 
 @dataclass
 class Square:
-    """Random squares of +-eps, kept if the loss grows: no gradient; Andriushchenko et al. (2020).
+    """Gradient-free random squares of +-eps, kept if the loss grows; Andriushchenko et al. (2020).
 
-    For l_inf. Against a stochastic defense a lucky loss would never be beaten again, so a proposal
-    that looks better is asked a second time, and it is the second answer that it has to win with
-    and that later ones have to beat. Losses are those of mean logits over the surrogate's replicas.
+    For l_inf; `ValueError` otherwise. Against a stochastic defense one lucky loss might never be
+    beaten again. So a proposal that looks better is evaluated a second time. It is accepted only if
+    its second loss is better, too, and later proposals have to beat that second loss. Losses are
+    those of mean logits over the surrogate's replicas.
     """
 
     threat: ThreatModel
@@ -203,7 +211,7 @@ class Square:
         return torch.where(_wide(self.asked_again), x_adv, self._squares())
 
     def _squares(self) -> Tensor:
-        """The best points so far, each with a square of +-eps put somewhere."""
+        """The best points so far, each with a square of +-eps at a random position."""
         count, channels, height, width = self.x.shape
         side = max(1, round(math.sqrt(self._share() * height * width)))
         side = min(side, height, width)
@@ -221,7 +229,7 @@ class Square:
         return torch.where(inside, squares, self.best)
 
     def _share(self) -> float:
-        """Of the area that a square covers: halved at fixed shares of the steps."""
+        """Share of the image's area in a square, halved at the published fractions of the steps."""
         done = 10_000 * self.taken / max(1, self.steps)
         halvings = sum(done > at for at in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
         return float(self.first_share / 2**halvings)

@@ -53,6 +53,7 @@ class ThreatModel:
         else:
             direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
+            # Uniform in the l_2 ball of dimension D: the volume within radius r grows as r^D.
             radius = self.eps * radius ** (1.0 / x.shape[1:].numel())
             delta = _scaled(_unit(direction), radius)
         return (x + delta).clamp(0.0, 1.0)
@@ -60,7 +61,7 @@ class ThreatModel:
     def ascend(self, x_adv: Tensor, gradient: Tensor, step_255: float) -> Tensor:
         """The steepest ascent step of length ``step_255`` / 255 in the norm; not yet projected.
 
-        Where a gradient is not a number it moves nothing, instead of spoiling the image for good.
+        NaN entries of a gradient count as 0, since one NaN would spoil the image for good.
         """
         step, gradient = step_255 / 255.0, gradient.nan_to_num()
         if self.norm == "linf":

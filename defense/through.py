@@ -1,4 +1,7 @@
-"""Purified pixels with a gradient: BPDA's identity, the purifier's own way back, or autograd's."""
+"""Purified pixels with a gradient: BPDA's identity, the purifier's own product, or autograd.
+
+Its own product is the vector-Jacobian product of a `Reversible` purifier.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,7 +15,7 @@ from defense.inference import evaluation_mode
 from defense.purifier import Purifier, Reversible
 
 Watch = Callable[[Tensor, Tensor], None]
-"""Told of every gradient that went back: at the purified pixels, and at the image."""
+"""Called in every backward pass with the gradients at the purified pixels and at the image."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -38,7 +41,7 @@ def straight_through(x: Tensor, purified: Tensor) -> Tensor:
 
 
 class _ThroughPurifier(torch.autograd.Function):
-    """Purified pixels, and the purifier's own way back."""
+    """Purified pixels, with the purifier's own vector-Jacobian product."""
 
     @staticmethod
     def forward(
@@ -64,8 +67,8 @@ def purified_with_gradient(
 ) -> Tensor:
     """Pixels x (N,C,H,W) -> purified ones, the same shape, for an attack to differentiate.
 
-    With ``identity`` the gradient is BPDA's; else that of the purifier, and ``watch`` is told of
-    what went back through a `Reversible` one.
+    With ``identity`` the gradient is BPDA's, otherwise the purifier's. For a `Reversible` purifier
+    ``watch`` is called in every backward pass.
     """
     if identity or not x.requires_grad:
         with torch.no_grad(), at_rest(purifier):
@@ -79,5 +82,5 @@ def purified_with_gradient(
 
 
 def at_rest(purifier: Purifier) -> AbstractContextManager[None]:
-    """Inside, the purifier is in evaluation mode, if it has modes."""
+    """Context in which the purifier, if it is an nn.Module, is in evaluation mode."""
     return evaluation_mode(*[purifier] if isinstance(purifier, nn.Module) else [])

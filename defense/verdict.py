@@ -1,11 +1,11 @@
-"""Right or wrong, when the answer is drawn anew each time: four metrics, one sequential test.
+"""Is a stochastic prediction right? Four metrics, and a sequential test that can stop early.
 
-| metric        | an image counts as right if                                                    |
+| metric        | score of an image with label y                                                 |
 |---------------|--------------------------------------------------------------------------------|
-| mean logits   | the mean logits over H replicas say so (Hill et al. 2021, eq. 6)               |
-| average-of-N  | by the share of N single replicas that say so                                  |
-| majority-of-N | more of N replicas say so than name any other class                            |
-| worst-of-N    | all of N replicas say so                                                       |
+| mean logits   | 1 if the mean logits over H replicas predict y (Hill et al. 2021, eq. 6)       |
+| average-of-N  | the share of N single replicas that predict y                                  |
+| majority-of-N | 1 if more of N replicas predict y than any other class                         |
+| worst-of-N    | 1 if all N replicas predict y                                                  |
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def is_right(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def classes_of(replica_logits: Tensor) -> Tensor:
-    """What each replica says: (R,B,classes) -> (B,R) int16, `NO_CLASS` if it is no number."""
+    """Predicted class of each replica: (R,B,classes) -> (B,R) int16; `NO_CLASS` if not finite."""
     finite = torch.isfinite(replica_logits).all(2)
     said = replica_logits.argmax(2)
     return torch.where(finite, said, NO_CLASS).T.to(torch.int16).contiguous()
@@ -39,8 +39,8 @@ def classes_of(replica_logits: Tensor) -> Tensor:
 def scores(logits: Tensor, classes: Tensor, y: Tensor, draws: int) -> dict[str, Tensor]:
     """Each of `METRICS` for each image, (B,) float in [0, 1].
 
-    ``logits`` (B, classes) are the mean, ``classes`` (B,R) the replicas' own, of which the first
-    ``draws`` are N. With fewer replicas than that, N is what there is.
+    ``logits`` (B, classes) are the mean logits, ``classes`` (B,R) the predictions of single
+    replicas. N is ``draws``, or R if there are fewer.
     """
     said = classes[:, :draws].long()
     votes = said == y[:, None]
@@ -56,22 +56,24 @@ def scores(logits: Tensor, classes: Tensor, y: Tensor, draws: int) -> dict[str, 
 
 
 def wealth_against_half(values: Tensor, total: int) -> Tensor:
-    """Evidence against "all ``total`` values have a mean of at most 1/2", from the first n of them.
+    """Betting test of H0, "the mean of all ``total`` values is at most 1/2", from the first n.
 
-    ``values`` (n,...) in [0, 1] are a random part of the whole, in random order -> wealth (...), by
-    betting (Waudby-Smith & Ramdas 2024, Section 5, sampling without replacement). Whatever the
-    values are, if that mean is at most 1/2 the wealth ever reaches 1 / error with a probability of
-    at most ``error`` (Ville's inequality): a bet wins on average no more than the values that are
-    left can have as their mean. How much is bet depends on what was seen before.
+    ``values`` (n,...) in [0, 1] are drawn in random order without replacement -> wealth (...), the
+    evidence against H0 (Waudby-Smith & Ramdas 2024, Section 5). Under H0 no bet wins on average,
+    since each faces the largest mean that the values left can have, so the wealth is a nonnegative
+    supermartingale: it ever reaches 1 / error with probability at most ``error``, whatever the
+    values are (Ville's inequality). Each bet depends only on values seen before.
     """
     wealth = torch.ones_like(values[0])
     total_seen, squares = torch.zeros_like(wealth), torch.zeros_like(wealth)
     mean, variance = torch.full_like(wealth, 0.5), torch.full_like(wealth, GUESS)
     for n, value in enumerate(values):
-        left = (0.5 * total - total_seen) / (total - n)  # the largest mean of those still to come
+        left = (0.5 * total - total_seen) / (total - n)  # largest mean of the rest under H0
         edge = mean - left
+        # The approximately growth-optimal bet (aGRAPA), capped so that it cannot lose everything.
         bet = (edge / (variance + edge**2)).clamp_min(0.0)
         bet = torch.minimum(bet, BOLDNESS / left.clamp_min(1e-9))
+        # left < 0: the values seen so far sum to more than total / 2, so H0 is certainly false.
         wealth = torch.where(left < -1e-9, torch.inf, wealth * (1.0 + bet * (value - left)))
         total_seen = total_seen + value
         mean = (0.5 + total_seen) / (n + 2)
@@ -80,8 +82,8 @@ def wealth_against_half(values: Tensor, total: int) -> Tensor:
     return wealth
 
 
-GUESS = 0.02  # the variance of a value in [0, 1] before any is seen
-BOLDNESS = 0.9  # share of the wealth that a bet may lose
+GUESS = 0.02  # prior guess at the variance of a value in [0, 1]
+BOLDNESS = 0.9  # largest share of the wealth that one bet may lose
 
 
 def clear_verdict(
@@ -89,16 +91,18 @@ def clear_verdict(
 ) -> tuple[Tensor, Tensor]:
     """Is the verdict of all ``total`` replicas clear after the first n? (wrong, right), (B,) bool.
 
-    ``replica_logits`` (n,B,classes). Differences to the right logit, clipped at +-``clip``, are
-    tested one by one: right if all of them clearly have a negative mean, wrong if one clearly has a
-    positive one. A difference seen beyond ``clip`` on the side that would change the verdict leaves
-    it open, and so does a mean of the first n that does not say the same by itself.
+    ``replica_logits`` (n,B,classes). The difference of each other logit to the right one, clipped
+    at +-``clip``, is tested for the sign of its mean: right if every difference is significantly
+    negative, wrong if one is significantly positive. The verdict stays open if a difference beyond
+    ``clip`` was seen on the side that would change it, or if the mean of the first n disagrees.
     """
     count, _, classes = replica_logits.shape
     label = y.view(1, -1, 1).expand(count, -1, 1)
     differences = replica_logits - replica_logits.gather(2, label)
     others = torch.ones_like(differences[0], dtype=torch.bool).scatter(1, y[:, None], False)
     shares = (differences.clamp(-clip, clip) / (2.0 * clip) + 0.5).double()
+    # "Right" needs every test, so each has level error. "Wrong" needs any of classes - 1 tests, so
+    # each has level error / (classes - 1) (Bonferroni).
     clearly_below = wealth_against_half(1.0 - shares, total) >= 1.0 / error
     clearly_above = wealth_against_half(shares, total) >= (classes - 1) / error
     clearly_below &= (differences <= clip).all(0)
@@ -110,14 +114,14 @@ def clear_verdict(
 
 @dataclass(frozen=True)
 class Sequential:
-    """Verdicts that stop before all H replicas are drawn where they are clear already.
+    """Early stopping: a verdict before all H replicas are drawn, where it is clear already.
 
-    Looks after ``first`` replicas, and whenever there are half as many again. What is promised: an
-    early verdict differs from the verdict of all H replicas with a probability of at most
-    ``error``, for any distribution of the differences between logits, as long as they lie within
-    +-``clip``. It rests on nothing but the random order of the replicas. Without a bound there is
-    no such promise: a rare, large jump among the replicas not drawn can turn any mean. An image
-    that stays in doubt, and one at which a larger difference was seen, gets the verdict of all H.
+    It tests after ``first`` replicas, then each time their number has grown by half. An early
+    verdict differs from that of all H replicas with probability at most ``error``, for any
+    distribution of logit differences within +-``clip``. The guarantee needs only that the order of
+    the replicas is random. It does need the bound: a rare, large difference among the replicas not
+    drawn could reverse any mean. An image that stays in doubt, or that showed a larger difference,
+    gets the verdict of all H.
     """
 
     error: float
@@ -133,7 +137,7 @@ class Sequential:
             raise ValueError(f"clip: expected > 0, got {self.clip}")
 
     def looks(self, replicas: int) -> list[int]:
-        """Numbers of replicas after which a verdict may fall early."""
+        """Numbers of replicas after which to test for an early verdict."""
         looks, count = [], self.first
         while count < replicas:
             looks.append(count)
@@ -141,9 +145,9 @@ class Sequential:
         return looks
 
     def answer(self, draw: Callable[[Tensor, int], Tensor], y: Tensor, replicas: int) -> "Answer":
-        """Mean logits of as many replicas as a clear verdict takes, at most ``replicas``.
+        """Mean logits of as many replicas as a clear verdict needs, at most ``replicas``.
 
-        ``draw`` (images (b,) int64, count) -> fresh replicas' logits (count,b,classes) for these.
+        ``draw`` (image indices (b,) int64, count) -> logits (count,b,classes) of fresh replicas.
         """
         looks, doubtful = self.looks(replicas), torch.arange(len(y), device=y.device)
         drawn = torch.zeros_like(y)
@@ -164,7 +168,7 @@ class Sequential:
         return Answer(logits, first, drawn)
 
     def replayed(self, replica_logits: Tensor, y: Tensor) -> "Answer":
-        """`answer` from replicas (H,B,classes) that are there already."""
+        """`answer` from replicas (H,B,classes) that were drawn before."""
         done = torch.zeros_like(y)
 
         def draw(images: Tensor, count: int) -> Tensor:
@@ -179,17 +183,17 @@ SEQUENTIAL = Sequential(error=1e-3)
 
 
 class Answer(NamedTuple):
-    """What a model says of B images."""
+    """A model's output for B images."""
 
     logits: Tensor  # (B, classes) mean over the replicas drawn
-    replicas: Tensor  # (R,B,classes): all of them, or the first few if some images took no more
-    drawn: Tensor  # (B,) int64
+    replicas: Tensor  # (R,B,classes): all of them; of a `Sequential` those of its first draw
+    drawn: Tensor  # (B,) int64: how many replicas each image took
 
 
 class Replicated(Protocol):
-    """A defense that draws its answer: what the judge asks of it, whoever wrote it.
+    """The interface of a stochastic defense, as the judge uses it.
 
-    ``replicas`` is H, how many draws make a verdict. ``replica_logits`` gives that many of them, or
+    ``replicas`` is H, the number of draws per verdict. ``replica_logits`` draws that many, or
     another number: images (B,C,H,W) in [0, 1] -> logits (replicas,B,classes). `EOTDefense` is one.
     """
 
@@ -201,12 +205,12 @@ class Replicated(Protocol):
 
 
 class Repeated:
-    """Any other module as a `Replicated`: a draw is a call, and one is enough if calls agree.
+    """Any other module as a `Replicated`: each call is a replica; a deterministic one needs one.
 
-    A module that draws its noise from torch's global stream, as dropout does, is asked ``replicas``
-    times. It is found by asking: `CALLS` times for the first `TRIED` of images ``x`` (B,C,H,W),
-    twice for all. One that draws more rarely than that is not found: give it a `replica_logits`.
-    `ValueError` for a module whose answer to an image depends on the others in the batch.
+    A module that draws from torch's global generator, as dropout does, is called ``replicas``
+    times. To detect it, the first `TRIED` of the images ``x`` (B,C,H,W) are evaluated `CALLS`
+    times and all of them twice. A module whose output changes more rarely goes undetected: give it
+    a `replica_logits`. `ValueError` if the output for an image depends on the others in the batch.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, replicas: int) -> None:
@@ -250,16 +254,16 @@ class Counted:
         return found
 
 
-TRIED, CALLS = 8, 20  # images and calls by which a module that answers at random is found
-ROUNDING = 1e-3  # of logits, relative to the largest: by so much two runs of one network may differ
-FAR = 50.0  # so far below the largest logit of an image a class has no chance, as when it is masked
+TRIED, CALLS = 8, 20  # images and calls to detect a stochastic module
+ROUNDING = 1e-3  # tolerance between two runs of one network, relative to the largest logit
+FAR = 50.0  # a logit this far below an image's largest cannot win, as that of a masked class
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
     """Whether two answers (B, classes) to the same images differ by more than rounding.
 
-    What counts is how far logits lie below the largest one of their image, up to `FAR`: neither a
-    constant nor a masked class hides that the others change.
+    It compares how far logits lie below the largest of their image, up to `FAR`, so that neither a
+    constant offset nor a masked class hides a change in the others.
     """
     one, other = ((x - x.amax(1, keepdim=True)).clamp_min(-FAR) for x in (first, second))
     finite = one[torch.isfinite(one)]
@@ -269,15 +273,16 @@ def differ(first: Tensor, second: Tensor) -> bool:
 
 
 def replicated(model: nn.Module | Replicated, x: Tensor, replicas: int) -> Replicated:
-    """The model if it draws replicas by itself, else `Repeated`; x (b,C,H,W) to try it on."""
-    # Not isinstance: since Python 3.12 it overlooks what a module hands on, as a compiled one does.
+    """The model, wrapped if it is not yet a `Replicated`; x (b,C,H,W) are images to test it on."""
+    # Not isinstance: since Python 3.12 it misses attributes that a module, such as a compiled one,
+    # forwards.
     if not hasattr(model, "replica_logits"):
         return Repeated(cast(nn.Module, model), x, replicas)
     return cast(Replicated, model) if hasattr(model, "replicas") else Counted(model, replicas)
 
 
 def draw(model: Replicated, x: Tensor, y: Tensor, count: int | None = None) -> Tensor:
-    """Logits (count,B,classes) of so many replicas, or of all; `ValueError` for anything else."""
+    """Logits (count,B,classes) of ``count`` replicas, or of all; `ValueError` for another shape."""
     logits = model.replica_logits(x, replicas=count)
     expected = model.replicas if count is None else count
     if not isinstance(logits, Tensor) or logits.ndim != 3:
@@ -293,7 +298,7 @@ def draw(model: Replicated, x: Tensor, y: Tensor, count: int | None = None) -> T
 
 
 def answer(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Answer:
-    """Of all replicas of a defense, or of as many as its verdict on labels y takes.
+    """The answer of all replicas of a defense, or of as many as a verdict on labels y needs.
 
     `ValueError` for logits of another shape than (replicas,B,classes), and for labels beyond them.
     """
@@ -308,7 +313,7 @@ def answer(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | Non
 
 
 def wrong(model: Replicated, x: Tensor, y: Tensor, sequential: Sequential | None = None) -> Tensor:
-    """(B,) bool: the mean logits are not y's."""
+    """(B,) bool: the mean logits do not predict y."""
     return ~is_right(answer(model, x, y, sequential).logits, y)
 
 
@@ -324,10 +329,10 @@ def mean_logit_draws(replica_logits: Tensor, count: int) -> Tensor:
 
 
 def safe_and_borderline(replica_logits: Tensor, labels: Tensor) -> Tensor:
-    """Two images that the mean logits get right: the surest and the least sure, as places (2,).
+    """Indices (2,) of the most and the least confident image that the mean logits get right.
 
-    ``replica_logits`` (R,B,classes), ``labels`` (B,). Sureness is the mean margin of the right
-    class in units of its spread over replicas.
+    ``replica_logits`` (R,B,classes), ``labels`` (B,). Confidence is the mean margin of the right
+    class divided by its standard deviation over replicas.
     """
     replicas = len(replica_logits)
     margins = -margin(replica_logits.flatten(0, 1), labels.repeat(replicas)).view(replicas, -1)

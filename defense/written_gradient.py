@@ -1,9 +1,9 @@
-"""The input gradient of a `ConvEnergy`, written out instead of recorded by autograd.
+"""The input gradient of a `ConvEnergy`, written by hand instead of recorded by autograd.
 
-On the way forward every layer keeps what its activation's slope needs; the last convolution is
-never run, because its input gradient is its weight; on the way back transposed convolutions lead
-to the image. Activations are (N,S,S,C) inside, channels last. On a CPU weights are laid out for
-oneDNN once per gradient function, and slow layers are rewritten as faster ones.
+The forward pass keeps what each activation's derivative needs. It never runs the last convolution,
+whose input gradient is its weight. The backward pass is a chain of transposed convolutions.
+Activations are (N,S,S,C) inside, channels last. On a CPU weights are prepacked for oneDNN once per
+gradient function, and slow layers are rewritten as faster ones.
 """
 
 from collections.abc import Callable
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from defense.energy import ConvEnergy, SmoothLeakyReLU
 from defense.onednn import Map, convolution, lays_out, linear, transposed_convolution
 
-MATRIX_STEPS = 8  # from so many a first layer on tiny images is worth making into a matrix
-VECTOR_BYTES = 64  # of a CPU; narrower transposed convolutions are computed by blocks
+MATRIX_STEPS = 8  # from this many on, a first layer on tiny images is worth turning into a matrix
+VECTOR_BYTES = 64  # vector width of a CPU; narrower transposed convolutions are computed by blocks
 
 aten = torch.ops.aten
 
 
 class Slope(NamedTuple):
-    """An activation h -> ``forward(h)`` and its reverse (g, h) -> ``backward`` = g * slope(h)."""
+    """An activation, h -> ``forward(h)``, and its vector-Jacobian product, ``backward(g, h)``."""
 
     forward: Map
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
 def slope_of(activation: nn.Module) -> Slope:
-    """Written-out derivatives of `defense.energy.ACTIVATIONS`.
+    """Hand-written derivatives of `defense.energy.ACTIVATIONS`.
 
-    Leaky ReLU works in place, forward and back: its result has the sign of its argument, all that
-    the slope needs, and is not needed after that.
+    Leaky ReLU works in place, forward and backward. Its output has the sign of its input, which is
+    all that the derivative needs, and nothing reads it after that.
     """
     if isinstance(activation, nn.LeakyReLU):
         s = activation.negative_slope
@@ -56,7 +56,7 @@ def slope_of(activation: nn.Module) -> Slope:
 
 
 def _convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[int]) -> Map:
-    """(N,S,S,in) -> (N,T,T,out) with padding 1; ``inputs`` is the usual (N,in,S,S)."""
+    """(N,S,S,in) -> (N,T,T,out) with padding 1; ``inputs`` is the typical shape (N,in,S,S)."""
     convolve = convolution(weight, bias, stride, inputs)
     return lambda h: convolve(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
@@ -66,9 +66,9 @@ def _first_layer(
 ) -> tuple[Map, Map]:
     """The 3x3 convolution and its transpose, images (N,C,S,S) -> (N,S,S,width) and back.
 
-    For many steps a tiny image is multiplied by the whole layer as one matrix. Else the transpose
-    computes blocks of 2x2 pixels as one 4x4 convolution of stride 2 to 4C channels: few channels
-    are slow.
+    For many steps on tiny images the whole layer becomes one dense matrix. Otherwise, if S is even,
+    the transpose is a 4x4 convolution of stride 2 to 4C channels, one 2x2 block of pixels for each
+    position, because convolutions to few channels are slow.
     """
     weight, bias = conv.weight.detach(), cast(Tensor, conv.bias).detach().to(dtype)
     _, c, s, _ = inputs
@@ -103,7 +103,7 @@ def _by_blocks(weight: Tensor, parts: int, t: int) -> Map:
     It computes the rows and columns -1 to 2T of the image; the caller crops.
     """
     k, c = weight.shape[:2]
-    # Row a of block i is row 2i - 1 + a; g[i - 1 + u] enters by kernel row 2(1 - u) + a.
+    # Row a of block i is image row 2i - 1 + a. There g[i - 1 + u] meets kernel row 2(1 - u) + a.
     taps = weight.reshape(k, c, 2, 2, 2, 2).flip(2, 4)
     taps = taps.permute(3, 5, 1, 0, 2, 4).reshape(4 * c, k, 2, 2)
     blocks = _convolution(taps, None, 1, [parts, k, t, t])
@@ -118,7 +118,7 @@ def _by_blocks(weight: Tensor, parts: int, t: int) -> Map:
 def _transposed(weight: Tensor, parts: int, s: int) -> Map:
     """The transpose of a 4x4 convolution of stride 2, (N,T,T,K) -> (N,S,S,C), T = S // 2.
 
-    On a CPU the library's kernel is slow where the channels of a pixel fit one vector.
+    On a CPU oneDNN's kernel is slow if the channels of a pixel fit into one vector register.
     """
     k, c = weight.shape[:2]
     t = s // 2
@@ -132,8 +132,8 @@ def _transposed(weight: Tensor, parts: int, s: int) -> Map:
 class WrittenGradient:
     """df/dx of a `ConvEnergy` with the weights that it has now, computed in ``dtype``.
 
-    ``inputs`` is the largest shape (N,C,S,S) that it will be given; ``steps`` how often it will be
-    asked, for what is worth preparing.
+    ``inputs`` is the largest input shape (N,C,S,S). ``steps`` is the number of calls to expect,
+    which decides what is worth preparing.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class WrittenGradient:
         self.last_bias = cast(Tensor, last.bias).detach()
         weight = last.weight.detach().permute(0, 2, 3, 1)
         self.last_row = weight.flatten()
-        # One copy for each image: elementwise work needs plain strides.
+        # One copy per image: elementwise kernels need contiguous memory, not an expanded view.
         self.last = weight.to(dtype).expand(parts, -1, -1, -1).contiguous()
 
     def __call__(self, x: Tensor, energies: Tensor | None = None) -> Tensor:

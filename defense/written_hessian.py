@@ -1,8 +1,8 @@
-"""H(x) v for the Hessian of a `ConvEnergy`, written out: the tangent of its written gradient.
+"""Hessian-vector products H(x) v of a `ConvEnergy`, by hand: forward mode over `WrittenGradient`.
 
-`defense.chain_gradient.hessian_product` is the plain reference, any energy's, by autograd twice.
-Here image and direction go through the same convolutions side by side, forward and back, at twice
-the cost of a gradient. Activations are (N,S,S,C) inside, as in `WrittenGradient`.
+`defense.chain_gradient.hessian_product` is the plain reference for any energy, by double backward.
+Here image and direction go through the same convolutions side by side, forward and backward, at
+twice the cost of a gradient. Activations are (N,S,S,C) inside, as in `WrittenGradient`.
 """
 
 from collections.abc import Callable
@@ -56,8 +56,8 @@ def bend_of(activation: nn.Module) -> Bend | None:
 class WrittenHessian(WrittenGradient):
     """H(x) v of a `ConvEnergy` with the weights that it has now, computed in ``precision``.
 
-    ``like`` are images (N,C,S,S) like those that it will be given, at most N at a time; ``times``
-    is how often it will be asked. The images go through the network in pieces, as in the chain.
+    ``like`` is an example batch (N,C,S,S) of the largest size to come; ``times`` is the number of
+    calls to expect. The images go through the network in pieces, as in the chain.
     """
 
     def __init__(
@@ -82,11 +82,12 @@ class WrittenHessian(WrittenGradient):
             return torch.cat([self._product(*part, self.bend) for part in parts])
 
     def _product(self, x: Tensor, v: Tensor, bend: Bend) -> Tensor:
-        """Side by side: value and tangent of every layer on the way up, of its gradient back."""
+        """Forward mode over backward: value and tangent of every layer, then of every gradient."""
         count, kept = len(x), []
         pair = torch.cat([x, v]).to(self.dtype)
         for (forward, _), bias in zip(self.layers, self.biases, strict=True):
             pair = forward(pair)
+            # The layer added its bias to the tangent, too; a derivative has none.
             h, tangent = pair[:count], pair[count:].sub_(bias)
             slope, second = bend(h)
             kept.append((slope, second * tangent))
@@ -95,6 +96,7 @@ class WrittenHessian(WrittenGradient):
         for (_, backward), (slope, change) in zip(
             reversed(self.layers), reversed(kept), strict=True
         ):
+            # Product rule on g slope(h): ``change`` is the derivative of slope(h) along v.
             both = backward(torch.cat([g * slope, g_tangent * slope + g * change]))
             g, g_tangent = both[:count], both[count:]
         return g_tangent.to(x.dtype)

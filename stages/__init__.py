@@ -6,11 +6,11 @@ TOO_SHORT = 76  # exit status: the time limit is too short for any piece of the 
 
 
 class StageError(Exception):
-    """Something the user can mend; the command line prints it as one line and exits with 2."""
+    """An error that the user can fix; the command line prints it as one line and exits with 2."""
 
 
 class WindowTooShort(StageError):  # noqa: N818 - of a kind with Stopped
-    """Nothing could be finished within the time limit; again would be no better."""
+    """No piece of work fits into the time limit, so running again would not help."""
 
 
 class Stopped(Exception):  # noqa: N818 - a request, not an error

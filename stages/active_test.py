@@ -65,7 +65,7 @@ def run(
 
 
 def seen_so_far(rows: list[dict[str, Tensor]]) -> str:
-    """Found of planted."""
+    """Progress text: how many of the planted images the attack has found."""
     planted = sum(bool(row["planted"]) for row in rows)
     return f"found {sum(bool(row['found']) for row in rows)} of {planted} planted"
 
@@ -73,7 +73,12 @@ def seen_so_far(rows: list[dict[str, Tensor]]) -> str:
 def hide_and_seek(
     nets: Nets, named: NamedAttack, place: int, x: Tensor, on_step: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """One image (1,C,H,W): was a point planted, did the attack find one, how often does chance?"""
+    """Active test of one image x (1,C,H,W) in [0, 1]: plant an adversarial point, then attack.
+
+    The result has three scalars: ``planted`` (bool), ``found`` (bool) and ``random_hits``, the
+    share of random points of the ball that are adversarial. ``on_step`` is called at every step
+    of the attack. `StageError` for a classifier that the test cannot handle.
+    """
     params, langevin = nets.params, nets.params.langevin
     section = params.evaluate.active_test
 

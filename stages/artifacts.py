@@ -29,9 +29,9 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZip
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 images (N,C,S,S), labels (N,) int64 and their places (N,) in the source.
+    """uint8 images (N,C,S,S), labels (N,) int64 and their positions ``index`` (N,) in the source.
 
-    Of a source that is not embedded, after its images were sorted by their pixels.
+    If the source is not embedded, positions count in its images sorted by the hash of their pixels.
     """
 
     images: Tensor
@@ -39,9 +39,10 @@ class Images:
     index: Tensor
 
     def shards(self, size: int, start: int = 0) -> list["Images"]:
-        """Runs of at most ``size`` images; the random streams of a run belong together.
+        """Split into shards of at most ``size`` images; each shard has its own random streams.
 
-        What lies before ``start`` is left out, so that runs keep their numbers.
+        Images before ``start`` are dropped, but shards are numbered from the first image: a shard
+        that lies wholly before ``start`` is empty.
         """
         parts = []
         for first in range(0, len(self.labels), size):
@@ -93,7 +94,7 @@ def save_images(path: Path, parts: Mapping[str, Images]) -> None:
 def load_images(path: Path, split: str, section: Dataset, count: int | None = None) -> Images:
     """The first ``count`` images (None: all) of "train", "test" or "held_out".
 
-    "test" are the images that are judged: the held-out ones as long as the section says so.
+    "test" means the images to evaluate on: the held-out ones if judged_on is held_out.
     """
     require(path, "`stochsec prepare-data`")
     if split == "test":
@@ -182,7 +183,7 @@ def load_state(path: Path, made_by: str, device: torch.device) -> dict[str, Any]
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
     """Named tensors with a description (any JSON) as safetensors.
 
-    `StageError` where a network lies: a record does not replace it.
+    `StageError` if ``path`` holds the weights of a network and ``about`` describes a record.
     """
     if "network" not in about and path.exists() and is_network(path):
         raise StageError(f"{path}: holds a network, which a record does not replace")
@@ -223,7 +224,10 @@ def about_of(path: Path) -> dict[str, Any]:
 
 
 def together(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One description of parts that were made in turns, by several machines perhaps."""
+    """Merge the descriptions of parts that may come from several machines.
+
+    Values that differ are listed, separated by commas.
+    """
     about = dict(abouts[0])
     for name in about:
         said = dict.fromkeys(str(one.get(name)) for one in abouts)

@@ -59,10 +59,10 @@ def run(
     afresh: bool = False,
     within: Scratch | None = None,
 ) -> AttackResult:
-    """Attack the first test images, or those of a ``subset`` [start, stop); the joined record.
+    """Attack the first test images, or a ``subset`` [start, stop); write and return one record.
 
-    What an earlier run of the same command has finished is kept, unless ``afresh``. An attack
-    ``within`` the work of an evaluation keeps its own there.
+    Shards that an earlier run of the same command has finished are reused, unless ``afresh``. An
+    attack of an evaluation keeps its unfinished work ``within`` that of the evaluation.
     """
     plan = make_plan(params, dataset, attack, hardware, files)
     start, stop = subset or (0, params.images(attack))
@@ -200,7 +200,7 @@ def attack_classifier(
 
 
 def attack_defense(nets: Nets, attack: str, named: NamedAttack) -> Evaluate:
-    """Losses and gradients from H_adv replicas, verdicts from H_def: Algorithm 1 and its kin."""
+    """Algorithm 1 and its variants: loss gradients from H_adv replicas, verdicts from H_def."""
     params, langevin = nets.params, nets.params.langevin
     replicas = named.H_adv or langevin.H_adv
     config = named_attack(params, named, early=params.early_verdicts(attack))
@@ -225,9 +225,9 @@ def attack_defense(nets: Nets, attack: str, named: NamedAttack) -> Evaluate:
 def bpda_eot(
     nets: Nets, defense: tuple[int, int, int], config: AttackConfig, purpose: str, data: Images
 ) -> dict[str, Tensor]:
-    """Algorithm 1 of a reduced size, on the defense of (K, H_adv, H_def).
+    """Algorithm 1 against the ``defense`` (K, H_adv, H_def), for sweeps of a reduced size.
 
-    Who is right when clean, and who survives; both (B,) bool.
+    Returns ``natural`` (correct on the clean image) and ``robust`` (never broken), both (B,) bool.
     """
     steps, surrogate, target = defense
     device = nets.hardware.device
@@ -244,7 +244,7 @@ def bpda_eot(
 
 
 def verdicts(record: AttackRecord, labels: Tensor) -> dict[str, Tensor]:
-    """Of a record with labels (B,): who is right when clean, and who survives; both (B,) bool."""
+    """Which images are classified correctly when clean, and which are robust; both (B,) bool."""
     return {"natural": record.clean_correct(labels), "robust": record.robust(labels)}
 
 

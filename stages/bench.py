@@ -1,8 +1,8 @@
-"""`stochsec bench`: what a user would write against this library, and both against the machine.
+"""`stochsec bench`: this library against plain torch code, and both against the machine's limits.
 
-Everything is timed in turn, round after round, in one run, so that a drift of the machine's speed
-meets all alike; ratios are between medians. On the user's side every job has a process of its own:
-see `stages.bench_jobs`.
+Every round of a run times each entry once, so a drift of the machine's speed affects all of them
+equally. Speedups are ratios of medians. Each plain torch job runs in its own process: see
+`stages.bench_jobs`.
 """
 
 import json
@@ -162,7 +162,10 @@ def entries_on(device: str, users: ExitStack) -> list[Entry]:
 
 
 def machine_work(device: str, precision: Precision) -> list[tuple[str, Work]]:
-    """What the library's own kernels are timed on: billions of operations, and the call."""
+    """Torch's own convolutions and matrix products, which measure the machine's peak rates.
+
+    Pairs of a task, "conv" or "matmul" with its number of operations, and the call to time.
+    """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     many = 1 if device == "cpu" else 40
     work: list[tuple[str, Work]] = []

@@ -1,8 +1,8 @@
-"""`stochsec bench-attack`: what the scheduling of the attack saves, on a trained model.
+"""`stochsec bench-attack`: how much work the scheduling of the attack saves, on a trained model.
 
-Algorithm 1 with the same chains, in turn on every block of images, in one run: as it is printed
-(`defense.plain_attack`), as `defense.attack` schedules it, with verdicts that stop early where
-they are clear, and with what else a record needs.
+Four variants of Algorithm 1 with the same chains take turns on every block of images: as printed
+(`defense.plain_attack`), as scheduled by `defense.attack`, with verdicts that stop early, and with
+the fresh evaluation of the saved images that a record also needs.
 """
 
 import json
@@ -53,7 +53,7 @@ def counting(chain: Chain, total: list[int]) -> Chain:
 
 
 Way = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(block, pixels (B,C,H,W), labels (B,)) -> right when clean, robust, both (B,) bool."""
+"""(block, pixels (B,C,H,W), labels (B,)) -> correct on clean images, robust; both (B,) bool."""
 
 
 def run(

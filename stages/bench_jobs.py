@@ -1,8 +1,8 @@
-"""What `stochsec bench` times: each job as a user would write it, and as this library does it.
+"""What `stochsec bench` times: each job in plain torch, and with this library.
 
-Run as a module it is a process in which one job is timed as a user would write it. The fast chain
-changes its process's memory allocator, and large tensors of another job do too: both would speed
-the user's side up.
+Run as a module, this file times one plain torch job in its own process. The fast chain and large
+tensors of other jobs change the memory allocator of their process; sharing it would make the
+plain torch job faster than it is for a user.
 """
 
 import json
@@ -218,7 +218,7 @@ def ours(job: Job, engine: str, precision: Precision) -> Work:
 
 
 def milliseconds(work: Work, device: str) -> float:
-    """Wall time of one call; of a short one, the mean over many after one to wake up."""
+    """Wall time of one call in ms; short calls are averaged over many, after one warm-up call."""
     once = _elapsed(work, device, 1)
     if once > LONG_MS:
         return once

@@ -40,7 +40,7 @@ OURS, FAST, PLAIN = "Ours", "compiled", "plain"
 
 
 def shortcut(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Module:
-    """Around a residual block: the identity, or a convolution where it would not fit."""
+    """Shortcut of a residual block: the identity if the shapes match, else a convolution."""
     if inputs == outputs and stride == 1:
         return nn.Identity()
     return nn.Conv2d(inputs, outputs, size, stride, size // 2)

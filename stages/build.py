@@ -28,9 +28,9 @@ from stages.params import NamedAttack, Params
 
 @dataclass(frozen=True)
 class Nets:
-    """A classifier and an energy of one dataset, and the defenses they make.
+    """A classifier and an energy of one dataset; builds defenses from them.
 
-    ``counted`` is put around every chain; by default nothing is.
+    ``counted`` wraps every chain, for example to count its steps; the default changes nothing.
     """
 
     params: Params
@@ -50,7 +50,7 @@ class Nets:
         classifier: Path,
         energy: Path,
     ) -> "Nets":
-        """From the weights of both; `StageError` for an energy whose ends cannot be denoised."""
+        """Load both networks; `StageError` if denoising is on and the energy states no sigma."""
         network = load_energy(params, dataset, hardware, energy)
         if params.langevin.denoise and network.sigma is None:
             raise StageError(
@@ -71,7 +71,7 @@ class Nets:
         return self.counted(choose_chain(self.energy, steps, precision, self.hardware))
 
     def cost(self, steps: int, replicas: int) -> float:
-        """What one defended prediction costs, in bare predictions: multiplications for images."""
+        """Operations of one defended prediction, relative to one forward pass of the classifier."""
         data = self.params.dataset(self.dataset)
         x = torch.rand(1, *data.shape.image)
         x = x.to(self.hardware.device)

@@ -1,4 +1,4 @@
-"""The classifier of a dataset, as params.yaml and its file describe it; or somebody else's."""
+"""Load the classifier of a dataset: one that `train-classifier` wrote, or any exported network."""
 
 from pathlib import Path
 from typing import Self
@@ -32,10 +32,11 @@ def new_classifier(params: Params, dataset: str) -> WideResNet:
 def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path) -> nn.Module:
     """A trained classifier, frozen, on the device, that fits the dataset.
 
-    A .safetensors file of `train-classifier` says which network it is; a .pt2 file is any network
-    that `torch.export` has written, for batches of any size, from pixels in [0, 1] to logits.
-    `StageError` for a file of another kind, for weights that are no numbers, and for a network
-    whose answer to an image changes from call to call or with its neighbours in the batch.
+    A .safetensors file of `train-classifier` states its architecture. A .pt2 file holds any network
+    written by `torch.export`, for batches of any size, from pixels in [0, 1] to logits.
+    `StageError` for other files, for weights or logits that are not finite, for logits of another
+    shape or without a gradient, and if the logits of an image vary from call to call or depend on
+    the rest of the batch.
     """
     if path.suffix == EXPORTED:
         classifier = _exported(path)

@@ -73,7 +73,7 @@ def main(
 
 @app.command()
 def check_params(out: Out = None) -> None:
-    """Validate the parameters; the workflow begins with it, so a wrong value costs no result."""
+    """Validate the parameters. The workflow runs this first: a wrong value deletes no results."""
     with checked() as params:
         if params.fid.features == "inception":
             from stages.fid import inception
@@ -88,7 +88,7 @@ def code(
         Path, typer.Option(file_okay=False, help="Folder for a small file of each stage.")
     ] = CODE,
 ) -> None:
-    """Write down the code that each stage runs, for DVC to see what an edit changes."""
+    """Write hashes of the code of each stage, so that DVC reruns only what an edit affects."""
     with mendable():
         from stages import code as stage
 
@@ -185,9 +185,9 @@ def attack(
         str,
         typer.Argument(
             help="pgd (on the bare classifier), pgd_adversarial (on the adversarially trained "
-            "one), transfer_K_short, transfer_K (its images against "
-            "the defense with that many steps), bpda_eot (Algorithm 1), transfer, or a name "
-            "under evaluate.attacks in params.yaml."
+            "one), transfer_K_short or transfer_K (the images of pgd against the defense with "
+            "K_short or K steps), bpda_eot (Algorithm 1), transfer, or a name under "
+            "evaluate.attacks in params.yaml."
         ),
     ],
     images: ImagesFile = None,
@@ -197,7 +197,7 @@ def attack(
     subset: Annotated[
         str | None,
         typer.Option(
-            metavar="START:STOP", help="These of the test images, in place of the first ones."
+            metavar="START:STOP", help="Attack these test images instead of the first ones."
         ),
     ] = None,
     out: Out = None,
@@ -324,13 +324,13 @@ study(
 study(
     "diagnose",
     *("images", "classifier", "energy", "pgd"),
-    says="Record the spread of the defense's logits over its replicas, and one image's whole way.",
+    says="Record the logits of the defense's replicas, and the path of one attacked image.",
 )
 
 
 @app.command()
 def snapshots(dataset: Dataset, out: Out = None) -> None:
-    """Go on with the training's own chains for many steps, under the weights of each moment."""
+    """Continue the persistent chains of training for many steps, under each snapshot's weights."""
     with checked(dataset) as params:
         from stages import snapshots as stage
 
@@ -379,8 +379,8 @@ def report(
     dataset: Annotated[
         str | None,
         typer.Argument(
-            help="Only Tables 1-3 as far as they are about this dataset, and Figure 4: all that "
-            "does not need the studies."
+            help="Write only this dataset's rows of Tables 1-3, and Figure 4; the other studies "
+            "are not needed."
         ),
     ] = None,
     out: Annotated[
@@ -413,7 +413,7 @@ def report(
 def publish(
     out: Annotated[Path | None, typer.Option(help="Folder; default pretrained/RUN.")] = None,
 ) -> None:
-    """Put the trained energies where git keeps them, with a card that says what they are."""
+    """Copy the trained networks into a folder that git tracks, with a model card."""
     with checked() as params:
         from stages import publish as stage
 

@@ -62,7 +62,7 @@ def closure(module: str) -> set[str]:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """The modules of ours that one names in its imports, wherever in it they stand."""
+    """The modules of this repository that a module imports anywhere in its source."""
     names = set[str]()
     for node in ast.walk(ast.parse((ROOT / module).read_text())):
         if isinstance(node, ast.Import):
@@ -87,8 +87,8 @@ def fingerprint(file: str) -> str:
 def significant(source: str) -> Iterator[str]:
     """The tokens of a source but for comments, docstrings and blank lines.
 
-    An f-string counts as one token, which it is in Python 3.11 and no longer is in 3.12: the same
-    source has the same tokens in every version.
+    An f-string counts as one token, as in Python 3.11. Python 3.12 splits it, and the tokens must
+    not depend on the version.
     """
     lines = source.splitlines(keepends=True)
     fresh = True  # at the beginning of a statement

@@ -27,10 +27,10 @@ if not console.is_terminal:  # a log has room for a whole table
 
 
 class Track:
-    """A progress line: done of total, rate, time left, and the numbers one watches.
+    """A progress line: done of total, rate, time left, and a text with values to monitor.
 
-    On a terminal it is a live bar; in a log it is one line every ``log_every`` seconds. Langevin
-    steps of `watched` chains show that it lives while a unit takes minutes.
+    On a terminal it is a live bar; in a log it is one line every ``log_every`` seconds. It also
+    shows the rate of Langevin steps of `watched` chains, as one unit may take minutes.
     """
 
     log_every = 15.0

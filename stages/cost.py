@@ -1,8 +1,8 @@
-"""`stochsec cost`: what an experiment takes at most, counted from its parameters.
+"""`stochsec cost`: an upper bound on the cost of an experiment, counted from its parameters.
 
-An upper bound but for one assumption: every image goes through all steps and restarts of an attack,
-every verdict takes all its replicas, and the target judges an image when clean, at its end, and as
-a suspect at `SUSPECT_SHARE` of the steps.
+Every image goes through all steps and restarts of an attack, and every verdict draws all replicas.
+The target judges the clean image, the final image, and suspects. The number of suspects is an
+assumption, not a bound: `SUSPECT_SHARE` of the steps.
 """
 
 import math
@@ -34,14 +34,14 @@ from stages.tables import show
 from stages.train_ebm import SAMPLES
 
 SUSPECT_SHARE = 0.1
-"""Of an attack's steps, those whose iterate the target judges. No attack on digits exceeds 0.05."""
+"""Assumed share of attack steps whose iterate the target verifies; at most 0.05 on digits."""
 
 STEP_BACK = 3
-"""Steps that one step of the way back through a chain takes: it is made again, and the product with
-the Hessian is value and tangent, forward and back."""
+"""Cost of backpropagation through one Langevin step, in steps: 1 to recompute it, 2 for the
+Hessian-vector product (value and tangent, forward and backward)."""
 
 LEARN = 3
-"""Steps that a pair of images, data and chain, takes to learn from: a gradient in the weights."""
+"""Cost of the weight gradient for one pair of images (data and chain), in Langevin steps."""
 
 SIZES = {
     "digits": (1_297, 500),
@@ -52,10 +52,10 @@ SIZES = {
 """Training and test images of the sources that come with some."""
 
 HOW_TO_READ = f"""\
-An upper bound, as if no image broke and every verdict took all replicas, but for one assumption: \
-the target judges suspects at {SUSPECT_SHARE:.0%} of an attack's steps. An image-step is one \
-Langevin step of one image; going back through it counts {STEP_BACK}. A classifier pass is one \
-image forward; with a gradient it counts 3."""
+An upper bound, as if no image broke and every verdict drew all replicas. One number is assumed: \
+the target verifies suspects at {SUSPECT_SHARE:.0%} of an attack's steps. An image-step is one \
+Langevin step of one image; backpropagation through it counts {STEP_BACK}. A classifier pass is \
+one image forward; with a gradient it counts 3."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def run(params: Params, rate: float | None) -> None:
 
 
 def costs(params: Params) -> list[Cost]:
-    """Of every stage of dvc.yaml that computes, on every dataset; the first word is its name."""
+    """Costs of all computing stages of dvc.yaml; the first word of ``stage`` is its name there."""
     return [
         Cost(dataset, stage, work)
         for dataset in params.datasets
@@ -181,15 +181,15 @@ def has_smooth_chains(params: Params, phase: str) -> bool:
 
 
 def judged(steps: int, replicas: int) -> Work:
-    """What the defense says of one image."""
+    """Work of one prediction of the defense for one image."""
     return Work(replicas * steps, replicas)
 
 
 def asked(steps: int, replicas: int, gradient: str, *, smooth: bool) -> Work:
-    """What the surrogate says of one image, with its gradient.
+    """Work of one surrogate query for one image: logits, and the gradient if there is one.
 
-    An exact gradient through a piecewise linear energy makes the steps again, for no product. The
-    classifier's activations are made again too, as they are for many replicas.
+    An exact gradient through a piecewise linear energy recomputes the steps, but needs no
+    Hessian-vector product. The classifier's activations are recomputed too, as for many replicas.
     """
     if gradient == "none":
         return judged(steps, replicas)
@@ -198,7 +198,7 @@ def asked(steps: int, replicas: int, gradient: str, *, smooth: bool) -> Work:
 
 
 def attacked(steps: int, restarts: int, surrogate: Work, target: Work) -> Work:
-    """One image: answers of the surrogate, and the target's at both ends and on suspects."""
+    """Work of an attack on one image: surrogate queries; target on clean, final and suspects."""
     questions = restarts * (steps + 1)
     return questions * surrogate + (2 + math.ceil(SUSPECT_SHARE * questions)) * target
 
@@ -221,7 +221,7 @@ def evaluation(params: Params, phase: str) -> Work:
 
 
 def active_test(params: Params) -> Work:
-    """Random points, a planted one for the fit and for the decision, verdicts; then the attack."""
+    """Active test: inner points, the planted point (fit, decision), verdicts; then the attack."""
     section, langevin = params.evaluate.active_test, params.langevin
     verdicts = (PlantConfig.random_points + 2) * langevin.H_def
     planted = judged(langevin.K, 3 * section.points + verdicts)

@@ -1,4 +1,4 @@
-"""Stage 7: what the defense's randomness looks like."""
+"""Stage 7: the spread of the defense's logits over replicas (Figure 3); the data of Figure 1."""
 
 from functools import partial
 from pathlib import Path
@@ -74,9 +74,9 @@ def logits(nets: Nets, data: Images) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def idea(nets: Nets, data: Images, adversarial: Tensor) -> dict[str, Tensor]:
-    """One PGD image that fools the classifier, H_adv chains from it, their logits.
+    """Data of Figure 1: a PGD image that fools the classifier, H_adv chains from it, their logits.
 
-    Of the images ``adversarial`` (B,C,S,S) it is the one that the defense is surest of.
+    It is the image among ``adversarial`` (B,C,S,S) on which the defense is most certain.
     """
     params, device, batch = nets.params, nets.hardware.device, nets.hardware.max_chains
     langevin, tau = params.langevin, params.dataset(nets.dataset).tau

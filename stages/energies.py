@@ -33,8 +33,8 @@ def new_energy(params: Params, dataset: str, phase: str) -> ConvEnergy:
 def load_energy(params: Params, dataset: str, hardware: Hardware, path: Path) -> ConvEnergy:
     """A trained energy, frozen, on the device; its file says which network it is.
 
-    `StageError` for one of other images, or trained with another tau: with another step the chain
-    has another density. Another dataset is only said.
+    `StageError` for images of another shape, and for training with another tau, which changes the
+    density that the chain samples. Another training dataset is only reported.
     """
     phase, data = path.stem.removeprefix("ebm_"), params.dataset(dataset)
     otherwise = new_energy(params, dataset, phase).architecture
@@ -60,9 +60,10 @@ def pixels_shown(
     states: Tensor,
     steps: int,
 ) -> Tensor:
-    """What a classifier is shown of chains that may go on: their states after so many steps.
+    """The pixels that a classifier sees of chain states; denoised if langevin.denoise is set.
 
-    (N,C,S,S) in net range -> pixels. After 0 steps these are the images themselves.
+    ``states`` (N,C,S,S) in net range, after ``steps`` steps -> pixels, which may leave [0, 1] a
+    little. After 0 steps nothing is denoised. The chains can continue from the unchanged states.
     """
     if not params.langevin.denoise or steps == 0:
         return to_pixels(states)

@@ -22,10 +22,9 @@ def run(
     *,
     afresh: bool = False,
 ) -> list[AttackResult]:
-    """Transferred images and the attacks of params.yaml, one record each in the folder ``out``.
+    """Run the transfer attack and the attacks of params.yaml; one record each in folder ``out``.
 
-    Left out are attacks that are for another energy, and those that smooth corners where there are
-    none.
+    Skipped are attacks meant for another energy, and "smoothed" ones if the energy has no corners.
     """
     whole = WholeFolder(out, f"{TRANSFER}.safetensors")
     corners = has_corners(load_energy(params, dataset, hardware, files.energy))

@@ -80,7 +80,10 @@ def run(
 def extractor(
     params: Params, dataset: str, hardware: Hardware, classifier: Path
 ) -> tuple[str, FeatureFn]:
-    """What the features are of, classifier or inception and its hash, and what gives them."""
+    """The name of the feature network (Inception with its hash), and the function that applies it.
+
+    `StageError` if Inception is not installed or the network does not fit.
+    """
     try:
         if params.fid.features == "inception":
             weights = inception()

@@ -43,7 +43,7 @@ class Paths:
         return self.root / f"artifacts/{self.run}/data/{self.dataset}.npz"
 
     def classifier(self, training: str = "natural") -> Path:
-        """Weights of the classifier that was trained so."""
+        """Weights of the classifier with this ``training``: natural or adversarial."""
         return self.model(classifier_name(training))
 
     def model(self, name: str) -> Path:
@@ -106,7 +106,7 @@ def pretrained(run: str) -> Path:
     return Path(f"pretrained/{run}")
 
 
-FULL = 2**16  # bytes; with fewer on its disk a file that could not be written had no space
+FULL = 2**16  # bytes; a write that fails with less free space is reported as a full disk
 
 
 class Whole:
@@ -148,8 +148,8 @@ def umask() -> int:
 class WholeFolder:
     """``with WholeFolder(path, mark) as partial:`` the same for a folder: the new one or the old.
 
-    What the old one held is gone. To be taken for an old one a folder must hold the file ``mark``,
-    or nothing: `StageError` for any other.
+    The old folder is deleted with all that it holds. It must hold the file ``mark`` or be empty;
+    `StageError` otherwise.
     """
 
     def __init__(self, path: Path, mark: str) -> None:
@@ -177,7 +177,7 @@ class WholeFolder:
 
 
 def refuse_foreign(path: Path, mark: str) -> None:
-    """`StageError` for what is no folder of ours: ours are empty or hold the file ``mark``."""
+    """`StageError` unless ``path`` is absent, empty, or a folder that holds the file ``mark``."""
     if path.exists() and not path.is_dir():
         raise StageError(f"{path}: expected a folder")
     if path.is_dir() and any(path.iterdir()) and not (path / mark).exists():

@@ -1,4 +1,4 @@
-"""What the attacks of one evaluation say together: controls, and who broke what."""
+"""Findings across all attacks of one evaluation: controls, and comparisons image by image."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ GRADIENT_FREE_MAY_WIN_BY = 0.002  # of accuracy, as in AutoAttack's own checks
 
 
 def findings(results: list[AttackResult], usual: float) -> list[str]:
-    """What the records of one evaluation say together, in words; all attacks on one defense.
+    """Findings from the records of all attacks on one defense, one line of text each.
 
-    ``usual`` is the radius that attacks are compared at, others being controls.
+    Attacks are compared at the radius ``usual`` (eps_255); those at other radii are controls.
     """
     by_name = {str(result.about["attack"]): result for result in results}
     labels = results[0].images.labels
@@ -130,7 +130,7 @@ def _paired(name: str, robust: torch.Tensor, under_bpda: torch.Tensor) -> str:
 
 
 def _at_huge_eps(name: str, result: AttackResult, robust: torch.Tensor) -> str:
-    """Does accuracy fall to chance where everything is allowed?"""
+    """Control: with a huge radius accuracy must fall to chance; flagged if it does not."""
     classes, accuracy = result.record.clean_logits.shape[1], count(robust)
     text = f"at eps = {result.about['eps_255']:g}/255 ({name}) accuracy is {accuracy}"
     if accuracy.interval[0] > 1 / classes:
@@ -154,9 +154,9 @@ def _gradient_free(robust: dict[str, torch.Tensor], guided: list[str], blind: li
 
 
 def verification(results: list[AttackResult]) -> str:
-    """How many replicas verdicts take by the sequential test, and whether all would say the same.
+    """Mean number of replicas per sequential verdict, and agreement with the full verdict.
 
-    The latter is known of records whose verdicts were drawn to the end.
+    The agreement is known only where all replicas were drawn.
     """
     early = torch.cat([result.record.early for result in results])
     every = torch.cat([torch.full((len(r.record.early),), int(r.about["H_def"])) for r in results])
@@ -177,7 +177,10 @@ FAR = 2.0  # standard deviations of the energies of persistent chains
 
 
 def convergence(inspected: dict[str, torch.Tensor]) -> str:
-    """Do long chains stay where the chains of training are? Hill et al. (2021), Section 2."""
+    """Is the mean energy of long chains within `FAR` of the persistent chains? One line of text.
+
+    Source: Hill et al. (2021), Section 2.
+    """
     usual = inspected["persistent chains/levels"]
     steps = int(inspected["grid"][-1])
     away = {

@@ -1,4 +1,4 @@
-"""What makes a number doubtful, found in its own record and said beside it."""
+"""Flags: reasons to doubt an accuracy, found in its own record and reported beside it."""
 
 import torch
 
@@ -6,7 +6,7 @@ from defense.attack import NEVER
 from defense.verdict import is_right
 from stages.records import AttackResult
 
-UNREPEATED = 0.05  # share of breaks that fresh noise may take back before it is said
+UNREPEATED = 0.05  # flagged if fresh noise undoes more than this share of the breaks
 
 
 def flags_of(result: AttackResult) -> list[str]:

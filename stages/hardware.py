@@ -39,7 +39,7 @@ class Hardware:
             chosen = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise StageError(f"device: {name!r} cannot be used ({error})") from None
-        default = 200 if chosen.type == "cpu" else 4096  # part of every record's noise order
+        default = 200 if chosen.type == "cpu" else 4096  # sets the order in which noise is drawn
         chains = str(max_chains or os.environ.get("STOCHSEC_MAX_CHAINS") or default)
         if not chains.isdecimal() or int(chains) < 1:
             raise StageError(f"STOCHSEC_MAX_CHAINS: expected a number >= 1, got {chains!r}")

@@ -1,8 +1,8 @@
-"""Stage 6: is an energy convergent? Where its chains go, and at what energies.
+"""Stage 6: is an energy convergent? States and energies along long chains.
 
-Long chains from test images, persistent states and noise should end at one level of energy. Chains
-from noisy images should stay at the level of these, from the first steps on: see
-`defense.diagnostics.level_changes` for what it means if they do not.
+Long chains from test images, persistent states and noise should end at the same mean energy. Chains
+from noisy images should keep the mean energy that they start with. If they do not,
+`defense.diagnostics.level_changes` says what it means.
 """
 
 from functools import partial
@@ -96,7 +96,7 @@ def run(
 def changes(
     params: Params, dataset: str, hardware: Hardware, network: ConvEnergy, who: str, x: Tensor
 ) -> dict[str, Tensor]:
-    """How far chains from noisy images x (N,C,S,S) leave the level of these: (G,) in nats."""
+    """Change of mean U along chains from images x (N,C,S,S) plus noise: (G,) in nats."""
     return {f"{who}/changes": level_changes_of(params, dataset, hardware, network, x, who)}
 
 
@@ -117,7 +117,10 @@ def persistent(
 
 
 def grid(params: Params) -> list[int]:
-    """Steps at which chains are looked at: those of training and defense, and ever doubled."""
+    """Steps at which chains are recorded, in ascending order.
+
+    0, the steps of training, the K of the defense, and inspect.long_steps with its repeated halves.
+    """
     long = params.inspect.long_steps
     halves = [long >> i for i in range(long.bit_length())]
     named = {params.ebm.update.steps, params.langevin.K, long}

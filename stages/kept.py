@@ -1,8 +1,8 @@
-"""Records in git, beside the report: what it takes to make the report again, without the pixels.
+"""Small copies of the records, kept in git beside the report to make the report again.
 
-Attacked images are nearly all of a record's bytes and no table or figure shows them, so they are
-left out; how far they lie from the natural ones is measured before and stays. States of chains, of
-which figures show some, become bytes. Verdicts, logits, energies and conditions are as they were.
+Attacked images take nearly all bytes of a record, and no table or figure shows them. They are
+removed, after their largest distance from the natural images is stored. States of chains, which
+figures show, become uint8. Verdicts, logits, energies and conditions are unchanged.
 """
 
 import shutil
@@ -23,10 +23,10 @@ from stages.records import KEPT, AttackResult
 
 @contextmanager
 def together(params: Params, root: Path, before: Path, after: Path) -> Iterator[Path]:
-    """A folder with the records of ``root`` and, where it has none, those kept in ``before``.
+    """A temporary folder with the records of ``root``, and those of ``before`` that it lacks.
 
-    It is a root like ``root``, and lives as long as the context. The new folder ``after`` keeps
-    them all.
+    The folder has the layout of ``root`` and is deleted with the context. All these records are
+    also written to the new folder ``after``, to be kept.
     """
     if before.is_dir():
         shutil.copytree(before, after)

@@ -1,6 +1,6 @@
-"""The level of fresh chains: what tells a convergent energy from one that is not, or not yet.
+"""Mean energy of fresh chains from noisy images: it stays constant if the energy is convergent.
 
-`defense.diagnostics.level_changes` says what it means; training prints it, `inspect` keeps it.
+See `defense.diagnostics.level_changes`. Training prints the change; `inspect` records it.
 """
 
 import copy

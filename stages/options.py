@@ -35,8 +35,8 @@ TimeLimit = Annotated[
     typer.Option(
         min=0.001,
         metavar="MINUTES",
-        help="Stop after so long, all work kept, with exit status 75; the same command goes on. "
-        "Else $STOCHSEC_TIME_LIMIT, else never.",
+        help="Stop after this time with exit status 75 and keep all work; the same command then "
+        "continues it. Default: $STOCHSEC_TIME_LIMIT, else no limit.",
     ),
 ]
 Checkpoint = Annotated[
@@ -67,7 +67,7 @@ class Given:
 
 
 given = Given()
-"""Those of the command that runs: set before it."""
+"""The options of the current command, set before it runs."""
 
 
 class Anywhere(TyperGroup):
@@ -115,8 +115,8 @@ Out = Annotated[
     typer.Option(
         "--out",
         dir_okay=False,
-        help="Where to write; default as dvc.yaml states, or artifacts/RUN/own/DATASET for what is "
-        "no part of the workflow. What else a stage writes goes beside it.",
+        help="Where to write. Default: the path in dvc.yaml, or artifacts/RUN/own/DATASET for "
+        "results outside the workflow. Other outputs of a stage go beside it.",
     ),
 ]
 
@@ -130,7 +130,7 @@ class Input:
 
     @property
     def option(self) -> Any:
-        """That of a command, called after the parameter."""
+        """The command-line option for this file; its name is that of the command's parameter."""
         return typer.Option(help=self.says)
 
 
@@ -184,7 +184,7 @@ def place(paths: Paths, record: str, *given: Path | None) -> Path:
 
 @contextmanager
 def checked(dataset: str | None = None) -> Iterator[Params]:
-    """Validated parameters, which have the dataset, for a command that ends as `mendable` says."""
+    """Load and validate the parameters, check the dataset, and handle errors as `mendable` does."""
     with mendable():
         params = load_params(given.params_file)
         if dataset is not None:

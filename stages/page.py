@@ -39,7 +39,7 @@ class Table:
         return "published" if source.startswith("published") else "measured"
 
     def groups(self) -> list[tuple[list[str], list[list[str]]]]:
-        """Lines that begin alike, under what they begin with."""
+        """Group rows by their first `GROUPED` columns: (these columns, the rest of each row)."""
         grouped = groupby(self.rows, key=lambda row: row[:GROUPED])
         return [(names, [row[GROUPED:] for row in rows]) for names, rows in grouped]
 

@@ -183,7 +183,7 @@ class Params(Section):
         return self.evaluate.images
 
     def early_verdicts(self, attack: str) -> bool:
-        """Whether verdicts of an attack are drawn no further than the sequential test asks for."""
+        """Whether the verdicts of an attack may stop early, by the sequential test."""
         section = self.attack if attack in TABLE_ATTACKS else self.evaluate
         return section.early_verdicts
 

@@ -189,7 +189,7 @@ PHASE_TITLES = {"adam": "phase 1", "convergent": "convergent", "nonconvergent": 
 def over_training(seen: dict[str, Tensor], long_steps: int) -> Figure:
     """Figure 2: the training's own chains at some moments, and the same ``long_steps`` later.
 
-    Where the paper's long runs start is not said (the authors' code: from data); these start from
+    The paper does not say where its long runs start (the authors' code: from data). Ours start from
     the persistent chains.
     """
     phases = [phase for phase in PHASE_TITLES if f"{phase}/batches" in seen]

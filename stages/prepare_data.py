@@ -23,7 +23,7 @@ from stages.params import Dataset, Params
 
 SPLITS = ("train", "test")
 SHOWN = 5  # files that a message names
-FULL_RANGE = 2**14  # 16-bit files hold a value as large as that, or they hold fewer bits
+FULL_RANGE = 2**14  # if no 16-bit file reaches this value, they hold fewer than 16 bits
 
 
 def run(params: Params, dataset: str, out: Path) -> None:
@@ -61,10 +61,10 @@ def run(params: Params, dataset: str, out: Path) -> None:
 
 
 def where(path: str) -> Path:
-    """A path of params.yaml; in a temporary experiment of DVC, where git-ignored data is not, ours.
+    """Resolve a path of params.yaml, also within a temporary experiment of DVC.
 
-    DVC runs such an experiment in a copy of the files that git knows, and says where the
-    repository is.
+    DVC runs such an experiment in a copy of the files that git tracks. Data that is missing there
+    is read from the repository, $DVC_ROOT.
     """
     here, there = Path(path), Path(os.environ.get("DVC_ROOT", ".")) / path
     return there if there.exists() and not here.exists() else here
@@ -152,9 +152,9 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor, str]:
 def read_folder(root: Path, section: Dataset) -> tuple[Tensor, Tensor, str]:
     """One folder a class, classes in alphabetical order; files of any kind that Pillow reads.
 
-    What a file is, its content says and not its name. Files that are no images are left out and
-    listed. What is not meant as one picture of 8 or 16 bits a value is an error that names the
-    file, see `read_picture`.
+    File types are detected from the content, not the name. Files that are no images are left out
+    and listed. `StageError` names an image that is not a plain picture of 8 or 16 bits per value;
+    see `read_picture`.
     """
     names = class_names(root, section)
     say(f"{root}: " + ", ".join(f"{label}={name}" for label, name in enumerate(names)))
@@ -212,9 +212,9 @@ def class_names(root: Path, section: Dataset) -> list[str]:
 
 
 def everything(root: Path) -> list[Path]:
-    """All that lies in a folder and in those beneath it but the folders themselves, in order.
+    """All files in a folder and its subfolders, sorted.
 
-    Links are followed; one that leads nowhere is there, too.
+    Links are followed; broken links are listed, too.
     """
     found = list[Path]()
     for folder, inner, names in os.walk(root, followlinks=True):
@@ -229,11 +229,11 @@ def everything(root: Path) -> list[Path]:
 def read_picture(
     path: Path, section: Dataset, animated: list[Path], deep: list[int]
 ) -> np.ndarray[Any, Any] | None:
-    """uint8 (C,S,S) of an image file, turned as its camera says; None for a file of another kind.
+    """Read an image file, rotated by its EXIF tag, as uint8 (C,S,S); None if it is no image.
 
-    16 bits a value become 8. `StageError` for a file that is called an image and is none, for
-    transparent pixels, and for floating values or whole numbers whose range nobody can know.
-    Files of several frames are added to ``animated``, the largest value of 16 bits to ``deep``.
+    16 bits per value are scaled to 8. `StageError` for an unreadable file with the suffix of an
+    image, another size, transparent pixels, and values that are floats or outside 0..65535. Files
+    of several frames are appended to ``animated``, the largest value of 16-bit files to ``deep``.
     """
     if path.exists() and not path.is_file():
         return None

@@ -74,7 +74,10 @@ def _set(values: CommentedMap, change: str) -> None:
 
 
 def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str = "") -> None:
-    """Put the differences into the base; its datasets are those that both name, or the preset's."""
+    """Merge the differences into the base; a ``data`` section drops the datasets it does not name.
+
+    `StageError` for a parameter that the base does not have.
+    """
     for key, value in differences.items():
         if where == ATTACKS or (where == "data." and key not in base):
             base[key] = value  # a preset says all of an attack

@@ -47,10 +47,10 @@ defended = EOTDefense(
 
 
 def run(params: Params, out: Path) -> None:
-    """Weights and card of every network of the run that was trained; of energies a picture, too.
+    """Publish the weights of every trained network of the run, with a model card and pictures.
 
-    Those that an earlier run has written are replaced. A network that is not here keeps its card
-    and its files.
+    Files of an earlier `publish` are replaced. A network that is not in artifacts/ keeps its
+    published files and its section of the card. `StageError` if there is no network.
     """
     refuse_foreign(out, INDEX)
     with tempfile.TemporaryDirectory() as temporary:

@@ -107,8 +107,8 @@ class AttackResult:
     ) -> Tensor:
         """The adversarial images that this record of PGD has for ``data``, (N,C,S,S).
 
-        `StageError` if it is of other images, of another attack or classifier, or not made under
-        ``conditions`` (norm, radius, steps, ...): what it says would hold for something else.
+        `StageError` if the record has other images, another attack or classifier, or other
+        ``conditions`` (norm, radius, steps, ...), or was kept without its images.
         """
         if KEPT in self.about:
             raise StageError(
@@ -138,7 +138,7 @@ class AttackResult:
 
     @classmethod
     def concatenate(cls, parts: Sequence["AttackResult"]) -> "AttackResult":
-        """Several shards as one record; what their descriptions say differently is all said."""
+        """Join shards into one record; values that differ between descriptions are all listed."""
 
         def joined(kind: type, values: list[Any]) -> Any:
             return kind(*(torch.cat([getattr(v, f.name) for v in values]) for f in fields(kind)))

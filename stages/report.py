@@ -37,11 +37,11 @@ from stages.records import AttackResult, check_together
 
 
 def run(params: Params, out: Path, root: Path = Path(), *, kept: Path | None = None) -> None:
-    """Judge the records under ``root``, print the tables, write all into a new folder ``out``.
+    """Check the records under ``root``, print the tables, write the report to a new folder ``out``.
 
-    A record that is not there is a row, a cell or a figure "not run". With ``kept``, a folder that
-    need not be there, the report keeps the records without their images, and of those that ``root``
-    does not have it reads and keeps what that folder has.
+    Rows and cells of missing records say "not run"; their figures are left out. With ``kept`` the
+    report also keeps the records, without their images. Records that ``root`` lacks are then taken
+    from the folder ``kept``, which need not exist.
     """
     with WholeFolder(out, "provenance.json") as partial:
         if kept:
@@ -185,9 +185,9 @@ def over_steps(
 
 
 def swept(params: Params, paths: Paths, out: Path) -> list[str]:
-    """Figure 5, and 6, right: over the radius, and over the replicas of both sides.
+    """Figures 5 and 6, right: accuracy over the radius, and over the replicas of both sides.
 
-    What the same images say of the defense and of adversarial training.
+    Returns the findings that compare defense and adversarial training image by image.
     """
     tensors = study(params, paths, "sweep")
     if tensors is None:
@@ -305,7 +305,7 @@ def study(
 
 
 def check_conditions(path: Path, about: dict[str, Any], expected: dict[str, Any]) -> None:
-    """What a record says of itself against the parameters."""
+    """`StageError` if the conditions that a record states differ from the parameters."""
     for name, value in json.loads(json.dumps(expected)).items():
         if about.get(name) != value:
             found = about.get(name)
@@ -321,9 +321,9 @@ def finite(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def judged(path: Path, params: Params, attack: str) -> AttackResult | None:
-    """A record whose conditions, ball, box and finiteness were checked on the file itself.
+    """Load a record, and check its conditions, norm ball, pixel range and finiteness.
 
-    None if it is not there.
+    None if there is no such file; `StageError` if a check fails.
     """
     if not path.exists():
         return None

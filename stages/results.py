@@ -58,9 +58,9 @@ def pack(params: Params, hardware: Hardware, out: Path) -> None:
 def unpack(path: Path, *, force: bool) -> None:
     """Check a file of `pack` as a whole, then put it where the run's results belong.
 
-    Hashes, parameters, conditions, the ball, the box and finiteness; that records and energies
-    belong together; where the images of a dataset are here, that the attacked images and labels are
-    theirs. Nothing is written if anything is wrong.
+    Checks hashes, parameters, conditions, norm balls, pixel ranges and finiteness; that records and
+    networks belong together; and, if the images of a dataset are here, that they are the ones
+    attacked. `StageError` if a check fails; then nothing is written.
     """
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -94,7 +94,10 @@ def unpack(path: Path, *, force: bool) -> None:
 
 
 def in_the_way(theirs: Path, ours: Path) -> list[Path]:
-    """What an import cannot leave beside it: all records; other networks, their training states."""
+    """Existing files that an import would replace.
+
+    These are all records, networks with other weights, and the training states of such networks.
+    """
     places = [ours / "records"]
     for weights in theirs.glob("models/*/*.safetensors"):
         mine = ours / weights.relative_to(theirs)

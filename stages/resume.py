@@ -23,21 +23,22 @@ from stages.files import Whole, fingerprint, readable, require
 from stages.hardware import Hardware
 from stages.params import Params
 
-ONCE = 1.0  # seconds in which a signal that comes again, to a process and to its group, is one
+ONCE = 1.0  # seconds; a signal repeated within it (to process and group) counts once
 MANIFEST = "work.json"  # in a checkpoint file: what the work belongs to
 
 
 class Scratch:
-    """A folder for one stage's unfinished work, keyed by all that determines its result.
+    """A folder for one stage's unfinished work, keyed by everything that determines its result.
 
-    That is ``key`` of the parameters, the files read, the machine's settings and the code of the
-    stage: of the module that defines ``key``, see `stages.code`. ``afresh`` forgets what an earlier
-    run has left. The folder lies in .scratch, or ``within`` that of work of which this is a part.
+    The key consists of ``key`` of the parameters, the files read, the machine's settings and the
+    code of the stage, which is the module that defines ``key`` (see `stages.code`). ``afresh``
+    deletes what an earlier run has left. The folder lies in .scratch; for a part of larger work, in
+    the folder of ``within``.
 
-    Inside the ``with`` block a first Ctrl-C or SIGTERM only sets ``stopping``, and so does the end
-    of the time limit: a loop calls `lap` after each piece of its work, and `check` where its state
-    is saved. `done` removes the folder once the out is written. ``hardware.checkpoint`` is a file
-    in which the folder travels: read at the start, written once a minute and when the stage stops.
+    Inside the ``with`` block the first Ctrl-C or SIGTERM, or the end of the time limit, only sets
+    ``stopping``. A loop calls `lap` after each piece of work, and `check` when its state is saved.
+    `done` removes the folder once the output is written. ``hardware.checkpoint`` is a copy of the
+    folder in one file: read at the start, written once a minute and when the stage stops.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Scratch:
         }
         self.root: Scratch = within.root if within else self
         scratch = within.folder if within else Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
-        # Work within other work goes on wherever that does.
+        # Nested work resumes with its parent, even on another machine.
         about = self.belongs if within else {**self.belongs, **self.made_by}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         self.folder: Path = scratch / f"{name}-{digest[:12]}"
@@ -105,7 +106,7 @@ class Scratch:
                 self._unpack(self.hardware.checkpoint)
             elif self.hardware.checkpoint.exists() and not is_checkpoint(self.hardware.checkpoint):
                 raise StageError(f"{self.hardware.checkpoint}: not a checkpoint file; {REMEDY}")
-            self._pack()  # a place that cannot be written to is said now
+            self._pack()  # reports a path that cannot be written before any work is done
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         root = self.root
@@ -135,7 +136,7 @@ class Scratch:
             self.root._pack()
 
     def check_clock(self) -> None:
-        """Leave in the middle of a piece if the time is up: the piece is lost, not the window."""
+        """Stop in the middle of a piece if the time is up; only the work on this piece is lost."""
         if self.hardware.seconds_left() <= 0:
             self._leave()
 
@@ -183,8 +184,8 @@ class Scratch:
     def _unpack(self, path: Path) -> None:
         """A checkpoint file into the folder, unless the folder has newer work.
 
-        `StageError` if it is of other parameters or files, or damaged; the folder is then as it
-        was. Another machine, or other source, is only said.
+        `StageError` if it belongs to other parameters or files, or is damaged; the folder is then
+        unchanged. Another machine or source code is only reported.
         """
         if not path.exists():
             return
@@ -232,10 +233,10 @@ class Scratch:
         return {**together(self.machines or [self.hardware.conditions()]), "files": files}
 
     def done(self) -> None:
-        """The result is written: forget the work in progress.
+        """Delete the unfinished work, after the result is written.
 
-        Not if the parameters were edited meanwhile: DVC, which reads them when a stage ends, would
-        record the new values with the old result. The work is kept for when they are set back.
+        `StageError` if the parameters were edited meanwhile: DVC reads them when a stage ends, and
+        would record the new values with the old result. The work is then kept, for the old values.
         """
         try:
             changed = self.key(self.params.reloaded()) != self.key(self.params)

@@ -19,8 +19,8 @@ Z95 = 1.959963984540054
 class Accuracy:
     """``right`` of n, with the Wilson 95 % interval.
 
-    An image that is right in a share of its draws counts as that share; the interval is then wider
-    than it need be, since such an image varies less than a toss of a coin.
+    An image that is right in a fraction of its draws counts as that fraction. The interval is then
+    conservative, as such an image varies less than a Bernoulli variable.
     """
 
     right: float
@@ -55,10 +55,10 @@ def rows(results: list[AttackResult], draws: int) -> pd.DataFrame:
 
 
 def accuracies(result: AttackResult, draws: int) -> dict[str, Accuracy]:
-    """All that one record says: natural images, the attack, the saved images judged afresh.
+    """All accuracies of one record: natural, under the attack, on saved images with fresh noise.
 
-    As everywhere, an attacked image counts only if its clean image was right too. Metrics are those
-    of `defense.verdict`; the one without a name is the mean logits'.
+    As everywhere, an attacked image counts only if its clean image is right too. Suffixes are the
+    metrics of `defense.verdict`; names without a suffix use the mean logits.
     """
     labels, record = result.images.labels, result.record
     right = record.clean_correct(labels)

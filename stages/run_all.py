@@ -1,4 +1,4 @@
-"""The workflow without DVC: for machines that have only Python, and go away again."""
+"""Run the workflow without DVC, for short-lived machines that have only Python."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from stages.files import CODE, WORKFLOW, minutes
 from stages.params import Params
 
 GRAPH = WORKFLOW / "dvc.yaml"
-TOO_LITTLE = 0.05  # of a window: no step is begun in what is left of it
+TOO_LITTLE = 0.05  # fraction of the time limit; with less left, no step is started
 
 
 @dataclass(frozen=True)

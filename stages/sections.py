@@ -57,7 +57,7 @@ class AdversarialTraining(Schedule):
 
 
 class Shape(Section):
-    """Of the images of a dataset, and how many kinds there are."""
+    """Image size, channels and number of classes of a dataset."""
 
     image_size: Annotated[int, Field(ge=4)]
     channels: Literal[1, 3]
@@ -129,7 +129,7 @@ class Update(Section):
 
     @model_validator(mode="after")
     def _switches_fit(self) -> Self:
-        """What is said of chains that start at data needs such chains."""
+        """``life`` and ``coupled`` require chains that start at data (``bank``)."""
         if self.bank is None:
             for name, value in (("life", self.life), ("coupled", self.coupled)):
                 if value:
@@ -186,9 +186,9 @@ class SequentialTest(Section):
 class NamedAttack(Section):
     """One attack on the defense; ``scale`` multiplies eps_255 and step_255.
 
-    Without ``stop_at_break`` it goes on to the end, for the strongest images to judge afresh.
-    ``H_adv`` replicas give its losses and gradients; without it, langevin.H_adv. ``energy`` is the
-    only one that an evaluation runs it on; without it, both.
+    Without ``stop_at_break`` it runs all steps, so that the saved images are as strong as possible.
+    ``H_adv``: replicas for losses and gradients; None means langevin.H_adv. ``energy``: the only
+    energy that an evaluation attacks with it; None means both.
     """
 
     rule: Literal["pgd", "apgd", "square", "noise"]
@@ -202,7 +202,10 @@ class NamedAttack(Section):
     energy: Literal["convergent", "smooth_convergent"] | None = None
 
     def left_out(self, energy: str, *, corners: bool) -> str | None:
-        """Why an evaluation of an energy does not run it, if so; ``corners``: has it any ReLU?"""
+        """Why an evaluation of an energy skips this attack; None if it does not.
+
+        ``corners``: whether the energy has a ReLU or leaky ReLU.
+        """
         if self.energy not in (None, energy):
             return f"it is for the energy {self.energy}"
         if self.gradient == "smoothed" and not corners:

@@ -83,7 +83,7 @@ def read(
 def go_on(
     params: Params, dataset: str, purpose: str, moment: Moment, hardware: Hardware
 ) -> dict[str, Tensor]:
-    """The chains (n,C,S,S), the same long after, and what that did to U (n,)."""
+    """Chains (n,C,S,S) before and after the long run, and the change of U (n,) in nats."""
     energy, short = moment
     tau, steps = params.dataset(dataset).tau, params.snapshots.long_steps
     chain = choose_chain(energy, steps, params.langevin.precision, hardware)

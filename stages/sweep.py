@@ -27,7 +27,7 @@ from stages.params import NORMS, TRAININGS, Params
 from stages.resume import Scratch
 
 Attack = Callable[[str, Images], dict[str, Tensor]]
-"""(purpose of its noise, images) -> who is right when clean, and who survives."""
+"""(name of its random streams, images) -> "natural" and "robust" as in `attack.verdicts`."""
 
 DEFENSE = "defense"
 
@@ -99,7 +99,7 @@ def settings_of(nets: Nets, classifiers: dict[str, nn.Module]) -> dict[str, Atta
     for count in section.attacker_replicas:
         sizes = (steps, count, defender)
         settings[f"H_adv/{count}/{DEFENSE}"] = partial(bpda_eot, nets, sizes, config)
-    # The number of replicas is the point: all are drawn.
+    # No early verdicts: this sweep measures the effect of the number of replicas.
     config = attack_config(params, section.steps, early=False)
     for count in section.defender_replicas:
         sizes = (steps, attacker, count)

@@ -1,4 +1,4 @@
-"""Tables 1-3: published rows first, ours beneath, and what nobody ran says so."""
+"""Tables 1-3: published rows first, then ours; a result that is missing is marked "not run"."""
 
 from pathlib import Path
 
@@ -176,7 +176,7 @@ def _whitebox_table(
 
 
 def _trained(params: Params, dataset: str) -> str:
-    """Whose adversarial training that of a dataset is."""
+    """The name and citation of a dataset's adversarial training: FGSM if it takes one step."""
     own = params.data.get(dataset)
     fast = own is not None and own.adversarial.steps == 1
     return "FGSM, Wong et al. 2020" if fast else MADRY

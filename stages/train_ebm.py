@@ -1,10 +1,11 @@
 """Stage 3: the energy, Algorithm 2 in two phases, and the branch that never converges.
 
-`adam` begins. `convergent` goes on from its end with SGD (or with Adam at a rate that falls to
-zero, if ebm.phase_2 says so), `nonconvergent` with the same Adam for as many batches: the paper's
-two models (Hill et al. 2021, Sections 2 and 4.1). Averaged weights belong to a rate that falls:
-with them even the second model hardly drifts, so it keeps the weights of its last batch.
-`smooth_adam` and `smooth_convergent` train an energy whose chains have gradients to attack.
+`adam` is phase 1. `convergent` continues it with SGD (or, if ebm.phase_2 says so, with Adam at a
+learning rate that decays to zero), `nonconvergent` with the same Adam for as many batches: the
+paper's two models (Hill et al. 2021, Sections 2 and 4.1). Averaged weights (ebm.update.average) are
+meant for the decaying rate. With averaging even `nonconvergent` would hardly drift, so it keeps the
+weights of its last batch. `smooth_adam` and `smooth_convergent` train an energy with a smooth
+activation, whose chains have useful gradients for attacks.
 """
 
 import math
@@ -166,7 +167,10 @@ def phase_before(phase: str) -> str:
 def go_on_from_phase_1(
     trainer: EBMTrainer, before: str, dataset: str, start: Path, hardware: Hardware
 ) -> None:
-    """Weights and bank go on; with Adam, so does the optimizer. Noise and the count begin anew."""
+    """Load weights and bank from phase 1, and for Adam the optimizer state.
+
+    The noise generator and the count of batches start anew.
+    """
     state = load_state(start, f"`stochsec train-ebm {dataset} {before}`", hardware.device)
     state["generator"] = trainer.generator.get_state()
     state["batches_done"] = 0
