@@ -1,6 +1,6 @@
 # `make tables` runs the experiment as far as Tables 1-3, `make test` checks the code,
 # `make check-cifar10` evaluates the published CIFAR-10 networks, `make docs` builds site/; each
-# creates .venv first. PRESET=paper (or any file in presets/) switches params.yaml first. See README.md.
+# creates .venv first. PRESET=paper (or any file in presets/) switches params.yaml first.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

@@ -74,7 +74,7 @@ def classifier_features(classifier: nn.Module, *, batch: int) -> FeatureFn:
             for linear in linears:
                 hooks.enter_context(linear.register_forward_pre_hook(keep))
             for part in pixels.split(batch):
-                parts.append(part)  # a placeholder that the hook overwrites
+                parts.append(part)  # the hook puts the layer's input in its place
                 classifier(part)
         into = torch.cat(parts)
         if into.ndim != 2 or len(into) != len(pixels):

@@ -38,7 +38,7 @@ class Schedule(Section):
 
 
 class ClassifierTraining(Section):
-    """What natural and adversarial training share."""
+    """What both trainings share; with a `Schedule` it is a `defense.ClassifierTrainConfig`."""
 
     batch: Annotated[int, Field(ge=2, strict=True)]
     momentum: Fraction
