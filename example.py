@@ -11,9 +11,9 @@ from torch import nn
 
 from defense import (
     AttackConfig,
-    CompiledLangevin,
     ConvEnergy,
     EOTDefense,
+    FastLangevin,
     LangevinConfig,
     LangevinPurifier,
     ThreatModel,
@@ -58,7 +58,7 @@ freeze(classifier)
 energy = ConvEnergy(image_size=8, channels=1, width=16)
 images = to_net(pixels[train])
 bank = ImageBank.uniform(images.shape, generator=generator)
-chain = CompiledLangevin()
+chain = FastLangevin()
 for name in ("adam", "sgd"):
     config = EBMTrainConfig(name, 2e-3, 100, LangevinConfig(steps=4, tau=TAU), "float32")
     trainer = EBMTrainer(

@@ -4,7 +4,7 @@ rng, pixels         one generator per purpose; the two pixel ranges
 energy, classifier  the networks: ConvEnergy, WideResNet
 langevin            the chain, equation (3): the plain reference
 written_gradient, compiled
-                    the same call, fast: CompiledLangevin
+                    the same call, fast: FastLangevin
 chain_gradient, written_hessian
                     gradients through the chain, exact or smoothed; plain and fast
 purifier, through   the purifier interface, the Langevin purifier, and gradients through it
@@ -25,27 +25,27 @@ precision, onednn   float32, tf32 or bfloat16; prepacked CPU kernels
 """
 
 from defense.attack import NEVER, AttackConfig, AttackRecord, run_attack, run_transfer
-from defense.classifier import WideResNet
-from defense.compiled import CompiledLangevin
 from defense.energy import ConvEnergy
 from defense.eot import EOTDefense
+from defense.fast.langevin import FastLangevin
+from defense.gradient.hessian import written_product
 from defense.inference import freeze
 from defense.langevin import Chain, LangevinConfig, langevin
-from defense.pretrained import load_classifier, load_energy
+from defense.nets.pretrained import load_classifier, load_energy
+from defense.nets.wide_resnet import WideResNet
 from defense.purifier import LangevinPurifier, Purifier
 from defense.threat import ThreatModel
 from defense.through import straight_through
 from defense.verdict import Replicated, Sequential
-from defense.written_hessian import written_product
 
 __all__ = [
     "NEVER",
     "AttackConfig",
     "AttackRecord",
     "Chain",
-    "CompiledLangevin",
     "ConvEnergy",
     "EOTDefense",
+    "FastLangevin",
     "LangevinConfig",
     "LangevinPurifier",
     "Purifier",

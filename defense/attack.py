@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 from defense.inference import evaluation_mode, labels_of, logits_of
 from defense.losses import LOSSES, Loss, cross_entropy, margin
 from defense.pixels import check_pixels
-from defense.step_rules import RuleName, make_rule
+from defense.rules import RuleName, make_rule
 from defense.threat import ThreatModel
 from defense.verdict import (
     SEQUENTIAL,

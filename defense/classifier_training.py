@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from defense.precision import Precision, arithmetic, check_precision
-from defense.step_rules import PGD
+from defense.fast.precision import Precision, arithmetic, check_precision
+from defense.rules.pgd import PGD
 from defense.threat import ThreatModel
 
 

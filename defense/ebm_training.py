@@ -14,8 +14,8 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from defense.bank import DataBank, ImageBank, NoisyImages
+from defense.fast.precision import Precision, arithmetic, check_precision
 from defense.langevin import Chain, ChainLog, LangevinConfig, langevin
-from defense.precision import Precision, arithmetic, check_precision
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from defense.chain_gradient import GradientMode
+from defense.gradient.chain import GradientMode
 from defense.inference import evaluation_mode, logits_of
 from defense.langevin import LangevinConfig
 from defense.pixels import check_pixels

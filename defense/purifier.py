@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Generator, Tensor, nn
 
-from defense.chain_gradient import (
+from defense.gradient.chain import (
     MakeProduct,
     autograd_product,
     pull_back,

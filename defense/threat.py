@@ -9,9 +9,14 @@ from torch import Generator, Tensor
 Norm = Literal["linf", "l2"]
 
 
+def wide(values: Tensor) -> Tensor:
+    """(B,) -> (B,1,1,1), to be combined with images."""
+    return values.view(-1, 1, 1, 1)
+
+
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     """Multiply every image (B,C,H,W) by its own number (B,)."""
-    return x * factors.view(-1, 1, 1, 1)
+    return x * wide(factors)
 
 
 def _unit(x: Tensor) -> Tensor:

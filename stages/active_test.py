@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from defense.active_test import PlantConfig, plant
 from defense.attack import NEVER, run_attack
 from defense.eot import EOTDefense
 from defense.pixels import from_bytes
 from defense.rng import make_generator
+from defense.studies.active_test import PlantConfig, plant
 from stages import StageError
-from stages.artifacts import load_images, save_tensors
-from stages.build import Nets, named_attack, sequential, threat
-from stages.console import Track, say
-from stages.files import energy_name
-from stages.hardware import Hardware
-from stages.params import NamedAttack, Params
-from stages.resume import Scratch
+from stages.core.artifacts import load_images, save_tensors
+from stages.core.build import Nets, named_attack, sequential, threat
+from stages.core.console import Track, say
+from stages.core.files import energy_name
+from stages.core.hardware import Hardware
+from stages.core.params import NamedAttack, Params
+from stages.core.resume import Scratch
 
 
 def run(

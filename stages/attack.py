@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from defense.attack import AttackConfig, AttackRecord, run_attack, run_transfer
-from defense.chain_gradient import has_corners
+from defense.gradient.chain import has_corners
 from defense.pixels import from_bytes
 from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import Images, load_images
-from stages.build import Nets, attack_config, named_attack
-from stages.classifiers import load_classifier
-from stages.console import Track, said_warnings, say
-from stages.files import energy_name, fingerprint
-from stages.flags import flags_of
-from stages.hardware import Hardware
-from stages.params import PGD_ATTACKS, NamedAttack, Params
-from stages.records import AttackResult
-from stages.resume import Scratch
+from stages.core.artifacts import Images, load_images
+from stages.core.build import Nets, attack_config, named_attack
+from stages.core.classifiers import load_classifier
+from stages.core.console import Track, said_warnings, say
+from stages.core.files import energy_name, fingerprint
+from stages.core.hardware import Hardware
+from stages.core.params import PGD_ATTACKS, NamedAttack, Params
+from stages.core.records import AttackResult
+from stages.core.resume import Scratch
+from stages.reporting.flags import flags_of
 
 Evaluate = Callable[[int, Images, Tensor, Tensor, Callable[[int], None]], AttackRecord]
 """(shard, its images, pixels (B,C,H,W), labels (B,), on_step) -> record."""

@@ -1,4 +1,4 @@
-"""The command line: one command for each stage of the workflow; `stages.tools` has the others."""
+"""The command line: a command for each stage of the workflow; `stages.tools` has the others."""
 
 from importlib import import_module
 from inspect import Parameter, Signature
@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from stages import StageError, console, options, tools
-from stages.console import say
-from stages.files import (
+from stages import StageError
+from stages.core import console, options
+from stages.core.console import say
+from stages.core.files import (
     CODE,
     KEPT_RECORDS,
     Paths,
@@ -18,7 +19,7 @@ from stages.files import (
     reports,
     write_text,
 )
-from stages.options import (
+from stages.core.options import (
     INPUTS,
     Anywhere,
     Checkpoint,
@@ -39,7 +40,8 @@ from stages.options import (
     mendable,
     place,
 )
-from stages.params import EVALUATED, MODELS, PGD_ATTACKS, TABLE_ATTACKS
+from stages.core.params import EVALUATED, MODELS, PGD_ATTACKS, TABLE_ATTACKS
+from stages.tools import commands as tools
 
 app = typer.Typer(
     cls=Anywhere,
@@ -207,7 +209,8 @@ def attack(
     with checked(dataset) as params:
         limits = _limits(subset)
         own = attack not in TABLE_ATTACKS or any((images, classifier, energy, pgd, subset))
-        from stages import attack as stage, tables
+        from stages import attack as stage
+        from stages.reporting import tables
 
         paths = Paths(params.run, dataset)
         classifier = classifier or paths.classifier(PGD_ATTACKS.get(attack, "natural"))
@@ -257,8 +260,9 @@ def evaluate(
         if energy is None and name not in EVALUATED:
             raise StageError(f"energy: expected one of {list(EVALUATED)}, got {name!r}")
         own = any((images, classifier, energy, pgd))
-        from stages import evaluate as stage, tables
+        from stages import evaluate as stage
         from stages.attack import Files
+        from stages.reporting import tables
 
         paths = Paths(params.run, dataset)
         weights = energy or paths.model(f"ebm_{name}")

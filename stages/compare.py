@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.diagnostics import energies, states_at
 from defense.inference import classify
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
-from stages.artifacts import Images, load_images, save_tensors
+from defense.studies.diagnostics import energies, states_at
 from stages.attack import bpda_eot
-from stages.build import Nets, attack_config
-from stages.console import Track, say
-from stages.energies import pixels_shown
-from stages.hardware import Hardware
-from stages.params import MODELS, Params
-from stages.records import AttackResult
-from stages.resume import Scratch
+from stages.core.artifacts import Images, load_images, save_tensors
+from stages.core.build import Nets, attack_config
+from stages.core.console import Track, say
+from stages.core.energies import pixels_shown
+from stages.core.hardware import Hardware
+from stages.core.params import MODELS, Params
+from stages.core.records import AttackResult
+from stages.core.resume import Scratch
 
 Piece = Callable[[], dict[str, Tensor]]
 

@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.diagnostics import states_at
 from defense.inference import classify
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
+from defense.studies.diagnostics import states_at
 from defense.verdict import safe_and_borderline
-from stages.artifacts import Images, load_images, save_tensors
-from stages.build import Nets
-from stages.console import say
-from stages.energies import pixels_shown
-from stages.files import energy_name
-from stages.hardware import Hardware
-from stages.params import Params
-from stages.records import AttackResult
-from stages.resume import Scratch
+from stages.core.artifacts import Images, load_images, save_tensors
+from stages.core.build import Nets
+from stages.core.console import say
+from stages.core.energies import pixels_shown
+from stages.core.files import energy_name
+from stages.core.hardware import Hardware
+from stages.core.params import Params
+from stages.core.records import AttackResult
+from stages.core.resume import Scratch
 
 COPIES = 4  # whose states are kept for the picture of the idea
 

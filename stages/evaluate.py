@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from defense.chain_gradient import has_corners
+from defense.gradient.chain import has_corners
 from stages import attack
-from stages.console import say
-from stages.energies import load_energy
-from stages.files import WholeFolder, energy_name
-from stages.hardware import Hardware
-from stages.params import TRANSFER, Params
-from stages.records import AttackResult
-from stages.resume import Scratch
+from stages.core.console import say
+from stages.core.energies import load_energy
+from stages.core.files import WholeFolder, energy_name
+from stages.core.hardware import Hardware
+from stages.core.params import TRANSFER, Params
+from stages.core.records import AttackResult
+from stages.core.resume import Scratch
 
 
 def run(

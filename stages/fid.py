@@ -6,27 +6,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.diagnostics import states_at
 from defense.energy import ConvEnergy
-from defense.frechet import (
+from defense.pixels import from_bytes, to_net
+from defense.rng import make_generator
+from defense.studies.diagnostics import states_at
+from defense.studies.frechet import (
     FeatureFn,
     classifier_features,
     frechet_distance,
     inception_features,
     inception_weights,
 )
-from defense.pixels import from_bytes, to_net
-from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import load_images, save_tensors
-from stages.classifiers import load_classifier
-from stages.console import Track, say
-from stages.energies import load_energy, pixels_shown
-from stages.engine import choose_chain
-from stages.files import fingerprint
-from stages.hardware import Hardware
-from stages.params import MODELS, Params
-from stages.resume import Scratch
+from stages.core.artifacts import load_images, save_tensors
+from stages.core.classifiers import load_classifier
+from stages.core.console import Track, say
+from stages.core.energies import load_energy, pixels_shown
+from stages.core.engine import choose_chain
+from stages.core.files import fingerprint
+from stages.core.hardware import Hardware
+from stages.core.params import MODELS, Params
+from stages.core.resume import Scratch
 
 INCEPTION_BATCH, CLASSIFIER_BATCH = 100, 500  # images at once, whose activations fill the memory
 

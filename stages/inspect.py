@@ -2,7 +2,7 @@
 
 Long chains from test images, persistent states and noise should end at the same mean energy. Chains
 from noisy images should keep the mean energy that they start with. If they do not,
-`defense.diagnostics.level_changes` says what it means.
+`defense.studies.diagnostics.level_changes` says what it means.
 """
 
 from functools import partial
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from defense.bank import CompactBank, NoisyImages
-from defense.diagnostics import energies, states_at
 from defense.energy import ConvEnergy
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
+from defense.studies.diagnostics import energies, states_at
 from stages import StageError
-from stages.artifacts import load_images, load_state, save_tensors
-from stages.console import Track, say
-from stages.energies import load_energy
-from stages.engine import choose_chain
-from stages.findings import STARTS, convergence
-from stages.hardware import Hardware
-from stages.levels import level_changes_of
-from stages.params import Params
-from stages.resume import Scratch
+from stages.core.artifacts import load_images, load_state, save_tensors
+from stages.core.console import Track, say
+from stages.core.energies import load_energy
+from stages.core.engine import choose_chain
+from stages.core.hardware import Hardware
+from stages.core.levels import level_changes_of
+from stages.core.params import Params
+from stages.core.resume import Scratch
+from stages.reporting.findings import STARTS, convergence
 
 SPLITS = ("train", "test")
 SAMPLES = 12  # chains in the picture

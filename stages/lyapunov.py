@@ -1,7 +1,8 @@
 """Order and chaos of the chain over the strength of its noise (Hill et al. 2021, Figure 8).
 
 With the piecewise linear energy of the defense and with the smooth one: only the latter has an
-exponent that does not depend on the separation at which it is measured (`defense.lyapunov`).
+exponent that does not depend on the separation at which it is measured
+(`defense.studies.lyapunov`).
 """
 
 from functools import partial
@@ -11,16 +12,16 @@ import torch
 from torch import Tensor
 
 from defense.energy import ConvEnergy
-from defense.lyapunov import lyapunov_exponents
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
-from stages.artifacts import load_images, save_tensors
-from stages.console import Track, say
-from stages.energies import load_energy
-from stages.engine import choose_chain
-from stages.hardware import Hardware
-from stages.params import EVALUATED, Params
-from stages.resume import Scratch
+from defense.studies.lyapunov import lyapunov_exponents
+from stages.core.artifacts import load_images, save_tensors
+from stages.core.console import Track, say
+from stages.core.energies import load_energy
+from stages.core.engine import choose_chain
+from stages.core.hardware import Hardware
+from stages.core.params import EVALUATED, Params
+from stages.core.resume import Scratch
 
 
 def run(

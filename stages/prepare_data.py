@@ -17,9 +17,9 @@ from torch import Tensor
 
 from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import UNREADABLE, Images, check, save_images
-from stages.console import Track, say
-from stages.params import Dataset, Params
+from stages.core.artifacts import UNREADABLE, Images, check, save_images
+from stages.core.console import Track, say
+from stages.core.params import Dataset, Params
 
 SPLITS = ("train", "test")
 SHOWN = 5  # files that a message names

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from defense.energy import ConvEnergy, count_parameters
-from defense.pretrained import load_classifier
-from stages import StageError, pictures, presets, rows, style
-from stages.artifacts import about_of, load_tensors
-from stages.console import say
-from stages.files import (
+from defense.nets.pretrained import load_classifier
+from stages import StageError
+from stages.core import presets
+from stages.core.artifacts import about_of, load_tensors
+from stages.core.console import say
+from stages.core.files import (
     Paths,
     Whole,
     classifier_name,
@@ -22,17 +23,18 @@ from stages.files import (
     refuse_foreign,
     write_text,
 )
-from stages.findings import convergence
-from stages.params import INSPECTED, PGD_ATTACKS, SMOOTH, TRAININGS, Params, validate_params
-from stages.provenance import import_of, is_imported
-from stages.records import AttackResult, check_networks
+from stages.core.params import INSPECTED, PGD_ATTACKS, SMOOTH, TRAININGS, Params, validate_params
+from stages.core.records import AttackResult, check_networks
 from stages.report import judged, study
+from stages.reporting import pictures, rows, style
+from stages.reporting.findings import convergence
+from stages.reporting.provenance import import_of, is_imported
 
 INDEX = "index.json"  # what each file says of itself
 
 HOW_TO_LOAD = """\
 ```python
-from defense import CompiledLangevin, EOTDefense, LangevinConfig, load_energy
+from defense import FastLangevin, EOTDefense, LangevinConfig, load_energy
 
 energy, tau = load_energy("{path}")
 defended = EOTDefense(
@@ -203,7 +205,7 @@ def energy_card(params: Params, paths: Paths, phase: str, out: Path, shown: Path
         path=(shown / copy.name).as_posix(),
         config=f"LangevinConfig({langevin.K}, tau{denoise})",
         H_def=langevin.H_def,
-        chain=f"CompiledLangevin({low})",
+        chain=f"FastLangevin({low})",
     )
     lines = [f"- {label}: {text}" for label, text in facts.items()]
     return "\n".join([f"## {name}", "", *lines, "", code, picture])

@@ -8,22 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages import StageError, figures, page, pictures, provenance, rows, style, tables
-from stages.artifacts import about_of, load_tensors
-from stages.captions import CAPTIONS
-from stages.console import say
-from stages.files import KEPT_RECORDS, NETWORK_TIMES, Paths, WholeFolder, visible, write_text
-from stages.findings import (
-    active_test,
-    against_all,
-    against_baseline,
-    convergence,
-    findings,
-    in_the_tables,
-    verification,
-)
-from stages.kept import together
-from stages.params import (
+from stages import StageError
+from stages.core.artifacts import about_of, load_tensors
+from stages.core.console import say
+from stages.core.files import KEPT_RECORDS, NETWORK_TIMES, Paths, WholeFolder, visible, write_text
+from stages.core.params import (
     EVALUATED,
     INSPECTED,
     MODELS,
@@ -33,7 +22,19 @@ from stages.params import (
     TRANSFER,
     Params,
 )
-from stages.records import AttackResult, check_together
+from stages.core.records import AttackResult, check_together
+from stages.reporting import figures, page, pictures, provenance, rows, style, tables
+from stages.reporting.captions import CAPTIONS
+from stages.reporting.findings import (
+    active_test,
+    against_all,
+    against_baseline,
+    convergence,
+    findings,
+    in_the_tables,
+    verification,
+)
+from stages.reporting.kept import together
 
 
 def run(params: Params, out: Path, root: Path = Path(), *, kept: Path | None = None) -> None:

@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.diagnostics import energies
 from defense.energy import ConvEnergy
 from defense.inference import freeze
 from defense.langevin import LangevinConfig
 from defense.rng import make_generator
+from defense.studies.diagnostics import energies
 from stages import StageError
-from stages.artifacts import load_tensors, save_tensors
-from stages.console import Track, say
-from stages.energies import new_energy
-from stages.engine import choose_chain
-from stages.files import require
-from stages.hardware import Hardware
-from stages.params import Params
-from stages.resume import Scratch
+from stages.core.artifacts import load_tensors, save_tensors
+from stages.core.console import Track, say
+from stages.core.energies import new_energy
+from stages.core.engine import choose_chain
+from stages.core.files import require
+from stages.core.hardware import Hardware
+from stages.core.params import Params
+from stages.core.resume import Scratch
 
 Moment = tuple[ConvEnergy, Tensor]
 """The energy and the training's own chains (n,C,S,S), as they were after some batch."""

@@ -16,15 +16,15 @@ from defense.attack import AttackConfig, run_attack
 from defense.pixels import from_bytes
 from defense.rng import make_generator
 from defense.threat import ThreatModel
-from stages.artifacts import Images, load_images, save_tensors
 from stages.attack import bpda_eot, verdicts
-from stages.build import Nets, attack_config
-from stages.classifiers import load_classifier
-from stages.console import Track, say
-from stages.files import energy_name
-from stages.hardware import Hardware
-from stages.params import NORMS, TRAININGS, Params
-from stages.resume import Scratch
+from stages.core.artifacts import Images, load_images, save_tensors
+from stages.core.build import Nets, attack_config
+from stages.core.classifiers import load_classifier
+from stages.core.console import Track, say
+from stages.core.files import energy_name
+from stages.core.hardware import Hardware
+from stages.core.params import NORMS, TRAININGS, Params
+from stages.core.resume import Scratch
 
 Attack = Callable[[str, Images], dict[str, Tensor]]
 """(name of its random streams, images) -> "natural" and "robust" as in `attack.verdicts`."""

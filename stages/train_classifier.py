@@ -15,14 +15,14 @@ from defense.pixels import from_bytes
 from defense.rng import make_generator
 from defense.threat import ThreatModel
 from stages import StageError
-from stages.artifacts import load_images, load_state, save_state, save_weights
-from stages.classifiers import new_classifier
-from stages.console import Track, detail, say
-from stages.files import write_csv
-from stages.hardware import Hardware
-from stages.params import TRAININGS, Params
-from stages.resume import Scratch, Stopwatch
-from stages.sections import Schedule
+from stages.core.artifacts import load_images, load_state, save_state, save_weights
+from stages.core.classifiers import new_classifier
+from stages.core.console import Track, detail, say
+from stages.core.files import write_csv
+from stages.core.hardware import Hardware
+from stages.core.params import TRAININGS, Params
+from stages.core.resume import Scratch, Stopwatch
+from stages.core.sections import Schedule
 
 LOOK_EVERY = 50  # batches between two looks at the loss
 COMPILED_BATCHES = 5000  # from so many on a GPU, torch.compile gains more than its minute

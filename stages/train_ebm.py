@@ -21,15 +21,15 @@ from defense.langevin import LangevinConfig
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages import StageError
-from stages.artifacts import load_images, load_state, save_state, save_tensors, save_weights
-from stages.console import Track, say
-from stages.energies import new_energy
-from stages.engine import choose_chain
-from stages.files import write_csv
-from stages.hardware import Hardware
-from stages.levels import held_out_images, say_levels
-from stages.params import PHASES, SMOOTH, Params
-from stages.resume import Scratch, Stopwatch
+from stages.core.artifacts import load_images, load_state, save_state, save_tensors, save_weights
+from stages.core.console import Track, say
+from stages.core.energies import new_energy
+from stages.core.engine import choose_chain
+from stages.core.files import write_csv
+from stages.core.hardware import Hardware
+from stages.core.levels import held_out_images, say_levels
+from stages.core.params import PHASES, SMOOTH, Params
+from stages.core.resume import Scratch, Stopwatch
 
 ROW_EVERY = 10  # batches between two rows of the history
 SAMPLES = 12  # persistent chains in a snapshot

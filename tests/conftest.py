@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from defense.classifier import WideResNet
 from defense.energy import ConvEnergy
 from defense.inference import freeze
+from defense.nets.wide_resnet import WideResNet
 from tests.digits_model import digits_model, smooth_digits_model
 from tests.tiny import experiment
 

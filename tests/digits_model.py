@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from defense.bank import ImageBank, NoisyImages
-from defense.classifier import WideResNet
 from defense.classifier_training import ClassifierTrainConfig, ClassifierTrainer
-from defense.compiled import CompiledLangevin
 from defense.ebm_training import EBMTrainConfig, EBMTrainer
 from defense.energy import ConvEnergy
+from defense.fast.langevin import FastLangevin
 from defense.inference import freeze
 from defense.langevin import LangevinConfig
+from defense.nets.wide_resnet import WideResNet
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from stages.prepare_data import read_digits
@@ -106,7 +106,7 @@ def trained_energy(activation: str) -> ConvEnergy:
             bank,
             config,
             generator=generator,
-            chain=CompiledLangevin(),
+            chain=FastLangevin(),
         )
         for _ in range(UPDATES):
             trainer.update()

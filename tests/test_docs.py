@@ -11,9 +11,9 @@ import pytest
 import typer
 import yaml
 
-from stages import presets
 from stages.cli import app
-from stages.params import validate_params
+from stages.core import presets
+from stages.core.params import validate_params
 from tests.test_readme import PAGES, ROOT
 from tests.test_workflow import GRAPH
 
@@ -61,9 +61,9 @@ def test_the_tutorials_params_are_valid_among_those_of_digits() -> None:
 
 
 def test_the_tutorials_code_writes_a_classifier_that_is_accepted(tmp_path: Path) -> None:
-    from stages.classifiers import load_classifier
-    from stages.hardware import Hardware
-    from stages.params import load_params
+    from stages.core.classifiers import load_classifier
+    from stages.core.hardware import Hardware
+    from stages.core.params import load_params
 
     (code,) = re.findall(r"```python\n(.*?)```", TUTORIAL, re.S)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from stages import presets
 from stages.cli import app
-from stages.params import validate_params
+from stages.core import presets
+from stages.core.params import validate_params
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

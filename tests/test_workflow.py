@@ -10,68 +10,56 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages import presets
-from stages.code import imports
-from stages.files import CODE, Paths, classifier_name
-from stages.params import EVALUATED, INSPECTED, PGD_ATTACKS, PHASES, TRAININGS
+from stages.core import presets
+from stages.core.files import CODE, Paths, classifier_name
+from stages.core.params import EVALUATED, INSPECTED, PGD_ATTACKS, PHASES, TRAININGS
+from stages.core.source import imports
 
 ROOT = Path(__file__).parent.parent
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 HOMES = {
-    "typer": {f"stages/{name}.py" for name in ("cli", "options", "tools")},
-    "pydantic": {"stages/params.py", "stages/sections.py"},
-    "rich": {"stages/console.py", "stages/tables.py"},
+    "typer": {"stages/cli.py", "stages/core/options.py", "stages/tools/commands.py"},
+    "pydantic": {"stages/core/params.py", "stages/core/sections.py"},
+    "rich": {"stages/core/console.py", "stages/reporting/tables.py"},
     "pandas": {
-        "stages/bench.py",
-        "stages/bench_attack.py",
-        "stages/bench_networks.py",
-        "stages/cost.py",
-        "stages/figures.py",
-        "stages/pictures.py",
-        "stages/rows.py",
-        "stages/tables.py",
+        *(f"stages/bench/{name}.py" for name in ("speed", "attack", "networks", "cost")),
+        *(f"stages/reporting/{name}.py" for name in ("figures", "pictures", "rows", "tables")),
     },
-    "matplotlib": {"stages/figures.py", "stages/pictures.py", "stages/style.py"},
-    "safetensors": {"stages/artifacts.py", "defense/pretrained.py"},
+    "matplotlib": {f"stages/reporting/{name}.py" for name in ("figures", "pictures", "style")},
+    "safetensors": {"stages/core/artifacts.py", "defense/nets/pretrained.py"},
     "torchvision": {"stages/prepare_data.py"},
     "sklearn": {"stages/prepare_data.py"},
     "PIL": {"stages/prepare_data.py"},
-    "scipy": {"defense/verdict.py", "stages/findings.py"},
-    "ruamel": {"stages/presets.py"},
-    "jinja2": {"stages/page.py"},
+    "scipy": {"defense/verdict.py", "stages/reporting/findings.py"},
+    "ruamel": {"stages/core/presets.py"},
+    "jinja2": {"stages/reporting/page.py"},
     "dvc": set(),
 }
 LAYERS = [
-    {
-        "frechet",
-        "rng",
-        "pixels",
-        "precision",
-        "threat",
-        "bank",
-        "inference",
-        "classifier",
-        "energy",
-        "losses",
-        "onednn",
-    },
-    {"langevin", "written_gradient", "step_rules", "pretrained"},
-    {"compiled", "classifier_training", "ebm_training", "chain_gradient", "lyapunov"},
-    {"purifier", "written_hessian"},
+    {"rng", "pixels", "threat", "bank", "inference", "energy", "losses"}
+    | {"nets.wide_resnet", "fast.precision", "fast.onednn", "studies.frechet"},
+    {"langevin", "nets.pretrained", "fast.written_gradient"},
+    {"rules.pgd", "rules.apgd", "rules.square", "rules.noise"},
+    {"rules", "ebm_training", "classifier_training", "fast.langevin", "gradient.chain"}
+    | {"studies.lyapunov", "studies.diagnostics"},
+    {"purifier", "gradient.hessian"},
     {"through"},
     {"eot"},
     {"verdict"},
-    {"attack", "diagnostics"},
-    {"plain_attack", "active_test"},
+    {"attack"},
+    {"plain_attack", "studies.active_test"},
 ]
+"""The modules of the library: each imports only from layers before its own, or from the first."""
+ROOMS = ["stages.core", "stages.reporting", "stages", "stages.bench", "stages.tools"]
+"""The packages of the workflow: each imports only from itself and from those before it."""
 
 
 def sources() -> list[str]:
     return sorted(
         str(path.relative_to(ROOT))
         for name in ("defense", "stages")
-        for path in (ROOT / name).glob("*.py")
+        for path in (ROOT / name).rglob("*.py")
     )
 
 
@@ -122,20 +110,44 @@ def test_the_library_knows_no_files_and_no_workflow() -> None:
     for path in sources():
         if path.startswith("defense/"):
             packages = {name.split(".")[0] for name in imported(path)}
-            here = allowed | files if path == "defense/pretrained.py" else allowed
-            if path == "defense/frechet.py":
+            here = allowed | files if path == "defense/nets/pretrained.py" else allowed
+            if path == "defense/studies/frechet.py":
                 here = allowed | {"pathlib", "importlib"}
             assert packages <= here, f"{path}: {packages - here}"
 
 
+def dotted(path: str) -> str:
+    """The name by which a module is imported."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def test_imports_in_the_library_go_one_way() -> None:
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    names = {Path(path).stem for path in sources() if path.startswith("defense/")}
-    assert names == level.keys() | {"__init__"}
-    for name in level:
-        for file in imports(f"defense/{name}.py") - {"defense/__init__.py"}:
-            below = Path(file).stem
-            assert level[below] < level[name] or level[name] == 0, f"{name} imports {below}"
+    level = {f"defense.{name}": i for i, layer in enumerate(LAYERS) for name in layer}
+    only_names = {f"defense.{room}" for room in ("fast", "gradient", "nets", "studies")}
+    names = {dotted(path) for path in sources() if path.startswith("defense/")}
+    assert names == level.keys() | only_names | {"defense"}
+    for path in sources():
+        if dotted(path) in level:
+            for below in map(dotted, imports(path)):
+                lower = level[below] < level[dotted(path)] or level[below] == 0
+                assert lower, f"{path} imports {below}"
+
+
+def test_imports_between_the_rooms_of_the_workflow_go_one_way() -> None:
+    def room(path: str) -> str:
+        name = dotted(path)
+        return name if path.endswith("/__init__.py") else name.rpartition(".")[0]
+
+    ours = [path for path in sources() if path.startswith("stages/")]
+    assert {room(path) for path in ours} == set(ROOMS)
+    apps = {"stages/cli.py", "stages/__main__.py"}
+    for path in ours:
+        if path not in apps:
+            for file in imports(path) - {"stages/__init__.py"}:
+                if file.startswith("stages/"):
+                    assert file not in apps, f"{path} imports {file}"
+                    below, here = ROOMS.index(room(file)), ROOMS.index(room(path))
+                    assert below <= here, f"{path} imports {file}"
 
 
 def test_paths_in_the_graph_are_those_of_the_code() -> None:

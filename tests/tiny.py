@@ -10,9 +10,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from stages import presets
 from stages.cli import app
-from stages.files import NETWORK_TIMES
+from stages.core import presets
+from stages.core.files import NETWORK_TIMES
 
 ROOT = Path(__file__).parent.parent
 

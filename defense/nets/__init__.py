@@ -1,0 +1,1 @@
+"""Networks: the Wide ResNet, and weights in files."""

@@ -1,0 +1,1 @@
+"""What all stages share: parameters, files, records, resuming, hardware, progress."""
