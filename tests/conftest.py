@@ -15,6 +15,12 @@ from tests.tiny import experiment
 __all__ = ["digits_model", "experiment", "smooth_digits_model"]
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without kernels for it, too, where the library would compute in float32."""
+    monkeypatch.setattr("defense.fast.precision.has_bfloat16", lambda: True)
+
+
 class QuadraticEnergy(nn.Module):
     """f(x) = a/2 |x|^2, so that a step without noise multiplies x by 1 - a; counts its calls."""
 

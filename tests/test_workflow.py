@@ -38,8 +38,8 @@ HOMES = {
 }
 LAYERS = [
     {"rng", "pixels", "threat", "bank", "inference", "energy", "losses"}
-    | {"nets.wide_resnet", "fast.precision", "fast.onednn", "studies.frechet"},
-    {"langevin", "nets.pretrained", "fast.written_gradient"},
+    | {"nets.wide_resnet", "fast.onednn", "studies.frechet"},
+    {"langevin", "nets.pretrained", "fast.written_gradient", "fast.precision"},
     {"rules.pgd", "rules.apgd", "rules.square", "rules.noise"},
     {"rules", "ebm_training", "classifier_training", "fast.langevin", "gradient.chain"}
     | {"studies.lyapunov", "studies.diagnostics"},

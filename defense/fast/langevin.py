@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from defense.energy import ConvEnergy
-from defense.fast.precision import Precision, check_precision, tensor_cores
+from defense.fast.precision import Precision, check_precision, tensor_cores, usable
 from defense.fast.written_gradient import WrittenGradient
 from defense.langevin import ChainLog, EnergyFn, LangevinConfig
 
@@ -173,11 +173,11 @@ def images_at_once(energy: ConvEnergy, precision: Precision, device: torch.devic
 class FastLangevin:
     """`langevin` for a `ConvEnergy` on a CPU or a CUDA device, in float32 or with less precision.
 
-    State and noise are always float32; ``precision`` is that of the energy's gradient, and tf32
-    differs from float32 on CUDA only. On a CPU the noise is the plain chain's, and the same seed
-    gives the same bits. On CUDA the noise is the plain chain's for a batch of `padded_batch`
-    images, and results repeat up to rounding, since kernels are chosen by timing. Copies and
-    pickles of an instance drop its CUDA graphs.
+    State and noise are always float32; ``precision`` is that of the energy's gradient. On a CPU
+    tf32 is float32, and so is bfloat16 if the CPU has no kernels for it, with a warning. The noise
+    there is the plain chain's, and the same seed gives the same bits. On CUDA the noise is the
+    plain chain's for a batch of `padded_batch` images, and results repeat up to rounding, since
+    kernels are chosen by timing. Copies and pickles of an instance drop its CUDA graphs.
     """
 
     def __init__(self, *, precision: Precision = "float32") -> None:
@@ -207,7 +207,8 @@ class FastLangevin:
         x = x.detach()
         if config.steps == 0 or len(x) == 0:
             return x
-        call = _Call(energy, x, config, generator, log, self.precision, states)
+        precision = usable(self.precision, x.device)
+        call = _Call(energy, x, config, generator, log, precision, states)
         run = self._replay if x.is_cuda else _run
         if (
             "torch._dynamo" in sys.modules

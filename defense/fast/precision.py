@@ -1,10 +1,13 @@
 """Arithmetic precision of a network: float32, tf32 or bfloat16. State and weights are float32."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
+
+from defense.fast.onednn import has_bfloat16
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -13,6 +16,18 @@ def check_precision(precision: Precision) -> Precision:
     """The same, or ValueError."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
+    return precision
+
+
+def usable(precision: Precision, device: torch.device) -> Precision:
+    """The same, but float32 for bfloat16 on a CPU without kernels for it, with a warning."""
+    if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+        warnings.warn(
+            "this CPU has no bfloat16 kernels: computing in float32 instead, which is exact and "
+            "here ten times as fast",
+            stacklevel=3,
+        )
+        return "float32"
     return precision
 
 
@@ -33,7 +48,7 @@ def tensor_cores(precision: Precision) -> Iterator[None]:
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Inside, networks compute in ``precision``, forward and back; bfloat16 is torch's autocast."""
-    low = precision == "bfloat16"
+    """Inside, networks compute in `usable` precision, forward and back; bfloat16 is autocast."""
+    low = usable(precision, device) == "bfloat16"
     with tensor_cores(precision), torch.autocast(device.type, torch.bfloat16, enabled=low):
         yield

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from defense.energy import ConvEnergy, SmoothLeakyReLU
 from defense.fast.langevin import images_at_once
-from defense.fast.precision import Precision, check_precision, tensor_cores
+from defense.fast.precision import Precision, check_precision, tensor_cores, usable
 from defense.fast.written_gradient import WrittenGradient
 from defense.gradient.chain import HessianProduct
 
@@ -63,9 +63,9 @@ class WrittenHessian(WrittenGradient):
     def __init__(
         self, energy: ConvEnergy, like: Tensor, times: int, precision: Precision = "float32"
     ) -> None:
-        self.precision = check_precision(precision)
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        most = images_at_once(energy, precision, like.device) // 2
+        self.precision = usable(check_precision(precision), like.device)
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        most = images_at_once(energy, self.precision, like.device) // 2
         self.most = max(1, min(len(like), most))
         super().__init__(energy, [2 * self.most, *like.shape[1:]], dtype, times)
         convolutions = cast(list[nn.Conv2d], energy.layers[:-1:2])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from defense.attack import run_attack, search
-from defense.langevin import Chain, EnergyFn, LangevinConfig
 from defense.pixels import from_bytes
 from defense.plain_attack import algorithm_1
 from defense.rng import make_generator
@@ -26,7 +25,7 @@ from stages.attack import Files
 from stages.bench.speed import machine
 from stages.core.artifacts import Images, load_images
 from stages.core.build import Nets, attack_config, threat
-from stages.core.console import Track, say
+from stages.core.console import Track, counted, say
 from stages.core.files import write_text
 from stages.core.hardware import Hardware
 from stages.core.params import Params
@@ -40,16 +39,6 @@ image goes to the last step, every suspect is verified by itself with all {H_def
 {error:g}). *and judged afresh*: the saved images once more, which the printed algorithm does not
 do. Every block of {block} images went through all ways in turn.
 """
-
-
-def counting(chain: Chain, total: list[int]) -> Chain:
-    """The chain, adding up the Langevin steps of single images in ``total``."""
-
-    def counted(energy: EnergyFn, x: Tensor, config: LangevinConfig, **options: Any) -> Tensor:
-        total[0] += len(x) * config.steps
-        return chain(energy, x, config, **options)
-
-    return counted
 
 
 Way = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -70,9 +59,8 @@ def run(
     """Time all ways on ``images`` test images, N = ``steps``."""
     nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
     data = load_images(files.images, "test", params.dataset(dataset), images)
-    spent = [0]
-    counted = replace(nets, counted=lambda chain: counting(chain, spent))
-    ways = ways_of(counted, steps)
+    spent = list[int]()
+    ways = ways_of(replace(nets, counted=lambda chain: counted(chain, spent.append)), steps)
     rows = measure(ways, data, hardware, block, spent)
     langevin = params.langevin
     result = {
@@ -146,10 +134,11 @@ def measure(
             x = from_bytes(part.images).to(hardware.device)
             y = part.labels.to(hardware.device)
             for name, way in ways.items():
-                spent[0], start = 0, now(hardware)
+                spent.clear()
+                start = now(hardware)
                 verdicts[name].append(way(number, x, y))
                 seconds[name] += now(hardware) - start
-                steps[name] += spent[0]
+                steps[name] += sum(spent)
                 track.advance(watch=f"{name} {seconds[name]:.0f} s")
     rows = []
     for name in ways:

@@ -40,7 +40,7 @@ HOW_TO_READ = """\
 `usual` is the loop that a user would write and the authors wrote, with torch's defaults (float32 on
 a CPU, tf32 convolutions on a GPU), each job in a process of its own; `backward` the same with
 `backward()`, which computes gradients of the weights too; `plain` the reference chain of this
-library; `compiled` its fast one, with what this library does around it: data and chains in one pass
+library; `fast` the fast chain, with what this library does around it: data and chains in one pass
 and fused Adam in an `ebm_update`, channels last in everything. `speedup` is the usual loop's median
 time over this one's, from one run with everything timed in turn. `of the limit` is the rate of
 useful operations over that of the fastest 3x3 convolution of the machine's library in that

@@ -34,7 +34,7 @@ class Track:
     """
 
     log_every = 15.0
-    running: ClassVar["list[Track]"] = []
+    running: ClassVar["Track | None"] = None
 
     def __init__(self, what: str, total: int, *, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
@@ -56,7 +56,7 @@ class Track:
             self.task = self.bar.add_task(what, total=total, completed=done, rate="", watch="")
 
     def __enter__(self) -> Self:
-        self.running.append(self)
+        self.outer, Track.running = Track.running, self
         if self.bar is not None:
             self.bar.start()
         if self.done:
@@ -69,7 +69,7 @@ class Track:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.running.remove(self)
+        Track.running = self.outer
         if self.bar is not None:
             self.bar.stop()
 
@@ -97,18 +97,27 @@ class Track:
             )
 
 
-def watched(chain: Call) -> Call:
-    """A chain (`defense.langevin.Chain`) whose steps the running progress line counts."""
+def counted(chain: Call, count: Callable[[int], None]) -> Call:
+    """A chain (`defense.langevin.Chain`) that tells ``count`` how many image-steps it took."""
 
     @wraps(chain, updated=())
     def run(energy: Any, x: Any, config: Any, **options: Any) -> Any:
         end = chain(energy, x, config, **options)
-        for track in Track.running[-1:]:
-            track.image_steps += len(x) * config.steps
-            track.show()
+        count(len(x) * config.steps)
         return end
 
     return cast(Call, run)
+
+
+def watched(chain: Call) -> Call:
+    """A chain whose steps the running progress line counts."""
+
+    def count(image_steps: int) -> None:
+        if Track.running is not None:
+            Track.running.image_steps += image_steps
+            Track.running.show()
+
+    return counted(chain, count)
 
 
 verbose = False  # set by the command line

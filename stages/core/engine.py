@@ -4,7 +4,7 @@ from functools import cache
 
 from defense.energy import ConvEnergy
 from defense.fast.langevin import FastLangevin, bytes_per_image, images_at_once
-from defense.fast.precision import Precision, tensor_cores
+from defense.fast.precision import Precision, tensor_cores, usable
 from defense.langevin import Chain, langevin
 from stages import StageError
 from stages.core.console import detail, watched
@@ -26,11 +26,12 @@ def choose_chain(energy: ConvEnergy, steps: int, precision: Precision, hardware:
         why = "asked for" if name == "plain" else f"fewer than {SHORT} steps a call"
         _say_once(f"engine: plain, {precision}, {steps} steps ({why})")
         return watched(plain_chain(precision))
-    kib = bytes_per_image(energy, precision) / 1024
-    at_once = images_at_once(energy, precision, hardware.device)
+    computed = usable(precision, hardware.device)
+    kib = bytes_per_image(energy, computed) / 1024
+    at_once = images_at_once(energy, computed, hardware.device)
     how = "CUDA graphs" if device == "cuda" else "library kernels, weights laid out once a call"
     _say_once(
-        f"engine: fast, {precision}, {steps} steps ({how}; activations {kib:.0f} KiB an image, "
+        f"engine: fast, {computed}, {steps} steps ({how}; activations {kib:.0f} KiB an image, "
         f"{at_once} images at once)"
     )
     return watched(_fast(precision))

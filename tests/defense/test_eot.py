@@ -142,7 +142,7 @@ def test_the_gradient_is_equation_10_times_the_number_of_replicas(make_defense, 
     purified = make_defense(replicas=replicas).purify(images.repeat(replicas, 1, 1, 1))
     purified.requires_grad_(True)
     defense = make_defense(replicas=replicas)
-    mean_logits = defense.nets.wide_resnet(purified).view(replicas, 5, 3).mean(0)
+    mean_logits = defense.classifier(purified).view(replicas, 5, 3).mean(0)
     F.cross_entropy(mean_logits, y, reduction="sum").backward()
     equation_10 = purified.grad.view(replicas, *images.shape).mean(0)
     gradient, logits = loss_gradient(defense, images, y)

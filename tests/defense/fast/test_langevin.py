@@ -15,7 +15,7 @@ from defense.energy import ACTIVATIONS
 from defense.eot import EOTDefense
 from defense.fast import langevin as compiled, onednn, written_gradient
 from defense.fast.langevin import FastLangevin, bytes_per_image, images_at_once, padded_batch
-from defense.fast.precision import Precision
+from defense.fast.precision import Precision, arithmetic
 from defense.fast.written_gradient import WrittenGradient, slope_of
 from defense.langevin import ChainLog, LangevinConfig, energy_and_gradient, langevin
 from tests.chains import (
@@ -187,7 +187,7 @@ def test_bfloat16_keeps_a_float32_state_and_the_mean_step(shape: str) -> None:
     assert abs(error.mean()) < 2e-2 * step.abs().mean()
 
 
-def test_an_older_cpu_computes_bfloat16_without_the_library(
+def test_bfloat16_without_the_private_operators_is_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     energy, x = make_energy("paper", "silu"), make_images("paper", count=4)
@@ -196,6 +196,19 @@ def test_an_older_cpu_computes_bfloat16_without_the_library(
     monkeypatch.setattr(onednn, "_can_be_trusted", lambda dtype: dtype != torch.bfloat16)
     without = chain(energy, x, one, generator=seeded())
     assert (without - with_it).norm() / (with_it - x).norm() < 2e-2
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    energy, x = make_energy(), make_images()
+    expected = FastLangevin()(energy, x, TWENTY, generator=seeded())
+    monkeypatch.setattr("defense.fast.precision.has_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="no bfloat16 kernels: computing in float32"):
+        actual = FastLangevin(precision="bfloat16")(energy, x, TWENTY, generator=seeded())
+    assert torch.equal(actual, expected)
+    with pytest.warns(UserWarning), arithmetic("bfloat16", x.device):
+        assert energy(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", ["digits", "paper"])
