@@ -298,7 +298,7 @@ def check_models(**models: object) -> None:
         ):
             raise ValueError(
                 f"{name}: expected an nn.Module from pixels to logits, got {type(model).__name__}; "
-                "wrap a function in a module, its network a part of it"
+                "wrap the function in an nn.Module that holds its network"
             )
 
 
@@ -308,8 +308,8 @@ def refuse_shared_noise(surrogate: nn.Module, target: nn.Module | Replicated) ->
     for seed in ours.keys() & theirs.keys():
         if ours[seed] is not theirs[seed]:
             raise ValueError(
-                f"seed: expected noise of their own for surrogate and target, got {seed!r} twice; "
-                "give them different seeds, or none"
+                f"seed: surrogate and target share {seed!r}, so the attacker knows the noise; give "
+                "them different seeds, or none"
             )
 
 

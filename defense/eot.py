@@ -193,7 +193,7 @@ def _purifier(
     if gradient == "exact" and not ways:
         raise ValueError(
             f"gradient: {type(purifier).__name__} has neither `with_way_back` nor "
-            "`differentiable = True`, so only 'identity' (BPDA) is known of it"
+            "`differentiable = True`, so only gradient='identity' (BPDA) is possible"
         )
     fits: Purifier = purifier
     return fits

@@ -38,8 +38,8 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     }
     if odd:
         warnings.warn(
-            f"{', '.join(sorted(odd))} in training mode inside a network in evaluation mode: all "
-            "of it is asked in evaluation mode. A defense that is meant to draw its answer offers "
+            f"{', '.join(sorted(odd))} in training mode inside a network in evaluation mode: the "
+            "whole network runs in evaluation mode. A defense that is random by design has "
             "`replica_logits`, see defense.Replicated",
             stacklevel=3,
         )

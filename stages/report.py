@@ -317,7 +317,7 @@ def finite(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """The same; `StageError` if a value is not finite."""
     for key, value in tensors.items():
         if not torch.isfinite(value).all():
-            raise StageError(f"record {name}: {key}: values that are not finite")
+            raise StageError(f"record {name}: {key}: values that are NaN or infinite")
     return tensors
 
 
@@ -336,7 +336,7 @@ def judged(path: Path, params: Params, attack: str) -> AttackResult | None:
         raise StageError(f"{path}: expected the first {expected} test images, got {found}")
     for name in ("clean_logits", "adversarial_logits"):
         if not torch.isfinite(getattr(result.record, name)).all():
-            raise StageError(f"{path}: {name}: values that are not finite")
+            raise StageError(f"{path}: {name}: values that are NaN or infinite")
     try:
         farthest = result.farthest()
     except StageError as error:

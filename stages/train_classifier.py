@@ -58,7 +58,7 @@ def run(
         classifier.eval()
         logits = classify(classifier, seen_images, batch=1000)
         if not torch.isfinite(logits).all():
-            raise StageError(f"{name}: its logits are no numbers: {remedy}")
+            raise StageError(f"{name}: its logits are NaN or infinite: {remedy}")
         return float((logits.argmax(1) == seen_labels).float().mean())
 
     def key(p: Params) -> object:

@@ -119,7 +119,7 @@ def load_images(path: Path, split: str, section: Dataset, count: int | None = No
 def save_weights(path: Path, module: nn.Module, **more: object) -> None:
     """The weights of a network as safetensors, with the arguments that build it, and ``more``.
 
-    `StageError` for weights that are no numbers.
+    `StageError` for weights that are NaN or infinite.
     """
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
@@ -149,7 +149,7 @@ def load_network(
         reason = " ".join(str(error).split())[:200]
         raise StageError(f"{path}: not the weights of a {kind.__name__}: {reason}") from None
     if not all_finite(tensors):
-        raise StageError(f"{path}: its weights are no numbers: its training has diverged")
+        raise StageError(f"{path}: its weights are NaN or infinite: its training has diverged")
     return module
 
 
@@ -186,7 +186,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     `StageError` if ``path`` holds the weights of a network and ``about`` describes a record.
     """
     if "network" not in about and path.exists() and is_network(path):
-        raise StageError(f"{path}: holds a network, which a record does not replace")
+        raise StageError(f"{path}: is a network; a record is not written over it")
     with Whole(path) as partial:
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(contiguous, partial, metadata={"about": json.dumps(about, sort_keys=True)})

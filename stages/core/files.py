@@ -121,7 +121,7 @@ class Whole:
 
     def __enter__(self) -> Path:
         if self.path.exists() and not self.path.is_file():
-            raise StageError(f"{self.path}: expected a file or nothing, is something else")
+            raise StageError(f"{self.path}: expected a regular file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.partial
 

@@ -285,12 +285,18 @@ def load_params(path: Path) -> Params:
     return params
 
 
+SHOWN = 5  # wrong parameters in one message
+
+
 def validate_params(values: Any, origin: Path) -> Params:
     """Plain values -> Params; ``origin`` is named in the message."""
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise StageError(f"{origin}: " + "; ".join(map(_describe, error.errors()))) from None
+        found = error.errors()
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        wrong = "; ".join(map(_describe, found[:SHOWN]))
+        raise StageError(f"{origin}: {wrong}{more}") from None
 
 
 def _describe(error: Any) -> str:

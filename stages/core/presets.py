@@ -95,4 +95,6 @@ def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str 
 def refuse_to_lose(path: Path) -> None:
     """`StageError` if a params file is none of the presets: somebody's own values are in it."""
     if path.read_text() not in map(text, names()):
-        raise StageError(f"{path}: has values of its own; copy it, or use --force to overwrite it")
+        raise StageError(
+            f"{path}: differs from every preset; copy it, or use --force to overwrite it"
+        )

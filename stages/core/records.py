@@ -97,7 +97,7 @@ class AttackResult:
             return float(self.about[KEPT]["farthest"])
         x, x_adv = from_bytes(self.images.images), self.record.adversarial
         if not torch.isfinite(x_adv).all():
-            raise StageError("adversarial: values that are not finite")
+            raise StageError("adversarial: values that are NaN or infinite")
         if x_adv.min() < 0 or x_adv.max() > 1:
             raise StageError("adversarial pixels outside [0, 1]")
         threat = ThreatModel(self.about["norm"], float(self.about["eps_255"]))

@@ -82,7 +82,7 @@ class Scratch:
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
-            raise StageError(f"{self.folder}: another process is at this very work") from None
+            raise StageError(f"{self.folder}: another process is doing this work") from None
         try:
             self._take_up()
         except BaseException:
@@ -115,7 +115,7 @@ class Scratch:
         if root.asked_to_stop:
             return
         root.asked_to_stop, root.asked_at = True, time.monotonic()
-        say("stopping where it is safe; once more to stop now")
+        say("stopping at the next safe point; press Ctrl-C again to stop now")
 
     @property
     def stopping(self) -> bool:
@@ -151,7 +151,7 @@ class Scratch:
         kept = self.hardware.checkpoint or self.root.folder
         raise Stopped(
             f"{'stopped' if asked else 'the time is up'}; {kept} ({readable(kept)}) keeps what is "
-            "done, run the same command to go on",
+            "done; run the same command to continue",
             time_is_up=not asked,
         )
 
@@ -199,7 +199,7 @@ class Scratch:
                     if about.get(name) != value:
                         raise StageError(f"{path}: is a checkpoint of other {name}; {REMEDY}")
                 if self._written() > written:
-                    say(f"{path}: {self.folder} has newer work, which goes on")
+                    say(f"{path}: {self.folder} has newer work, which continues")
                     return
                 archive.extractall(fresh)
         except StageError:
@@ -209,7 +209,7 @@ class Scratch:
             raise StageError(f"{path}: not a checkpoint file ({error}); {REMEDY}") from None
         for name, value in self.made_by.items():
             if about.get(name) != json.loads(json.dumps(value)):
-                say(f"{path}: made by another {name}; its work goes on here")
+                say(f"{path}: made by another {name}; continuing its work here")
         (fresh / MANIFEST).unlink()
         for file in (file for file in fresh.rglob("*") if file.is_file()):
             os.utime(file, (written, written))

@@ -21,13 +21,13 @@ def flags_of(result: AttackResult) -> list[str]:
     unanswered = int((~torch.isfinite(record.clean_logits).all(1)).sum())
     if unanswered:
         flags.append(
-            f"logits that are no numbers on {unanswered} of {len(labels)} natural images, which "
+            f"NaN or infinite logits on {unanswered} of {len(labels)} natural images, which "
             "count as wrong"
         )
     lost = int((record.not_finite > 0).sum())
     if lost:
         flags.append(
-            f"losses or gradients that are no numbers on {lost} of {len(labels)} images, which are "
+            f"NaN or infinite losses or gradients on {lost} of {len(labels)} images, which are "
             "not called robust"
         )
     flat = float((record.flat_steps[attacked] > 0).float().mean()) if attacked.any() else 0.0

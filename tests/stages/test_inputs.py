@@ -111,7 +111,9 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     path = PATHS.classifier()
     with_nan = {name: value * torch.nan for name, value in load_file(path).items()}
     save_file(with_nan, "nan.safetensors")
-    assert "its weights are no numbers" in fails("attack digits pgd --classifier nan.safetensors")
+    assert "its weights are NaN or infinite" in fails(
+        "attack digits pgd --classifier nan.safetensors"
+    )
 
 
 def test_images_that_were_made_for_another_classifier_are_not_transferred() -> None:

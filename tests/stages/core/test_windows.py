@@ -95,7 +95,7 @@ def windows(
             return number
         assert result.exit_code == 75, result.output
         assert "the time is up" in result.output
-        assert "run the same command to go on" in result.output
+        assert "run the same command to continue" in result.output
         if elsewhere:
             shutil.rmtree(".scratch")
     raise AssertionError("it never ends")
@@ -251,7 +251,7 @@ def test_another_machine_goes_on_and_the_record_says_so(folder: Path, looks) -> 
     looks(math.inf)
     result = command(f"{words} --max-chains 7")
     assert result.exit_code == 0
-    assert "made by another machine; its work goes on here" in result.output
+    assert "made by another machine; continuing its work here" in result.output
     assert AttackResult.load(Path("mixed.safetensors")).about["max_chains"] == "200, 7"
 
 

@@ -230,8 +230,8 @@ def another_run(contents: dict[str, bytes]) -> None:
     [
         (outside_the_ball, True, "expected distance <= 0.188"),
         (outside_the_box, True, "adversarial pixels outside [0, 1]"),
-        (not_finite, True, "clean_logits: values that are not finite"),
-        (nan_in_the_comparison, True, "natural/logits: values that are not finite"),
+        (not_finite, True, "clean_logits: values that are NaN or infinite"),
+        (nan_in_the_comparison, True, "natural/logits: values that are NaN or infinite"),
         (other_conditions, True, "expected H_def = 6 as in params.yaml, got 5"),
         (another_energy, True, "was not made with the network ebm_convergent.safetensors beside"),
         (another_classifier, True, "was not made with the network classifier.safetensors beside"),
