@@ -1,6 +1,7 @@
 """The command line: a command for each stage of the workflow; `stages.tools` has the others."""
 
 from importlib import import_module
+from importlib.metadata import version
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,13 @@ app = typer.Typer(
 )
 
 
+def show_version(asked: bool) -> None:
+    """The version of the installed package."""
+    if asked:
+        typer.echo(f"stochsec {version('stochsec')}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     params_file: ParamsFile = Path("params.yaml"),
@@ -66,6 +74,10 @@ def main(
         typer.Option(
             "--verbose", "-v", envvar="STOCHSEC_VERBOSE", help="Say which engine runs, and why."
         ),
+    ] = False,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=show_version, help="Print the version."),
     ] = False,
 ) -> None:
     """Before any command."""
