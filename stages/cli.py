@@ -403,6 +403,9 @@ def report(
         Path | None,
         typer.Option(help="Folder; default reports/RUN, of a dataset artifacts/RUN/tables."),
     ] = None,
+    vector: Annotated[
+        bool, typer.Option("--vector", help="Write every figure as an SVG, too.")
+    ] = False,
     keep: Annotated[
         bool,
         typer.Option(
@@ -415,7 +418,9 @@ def report(
     """Write Tables 1-3 and the figures from the records; print the tables."""
     with checked(dataset) as params:
         from stages import report as stage
+        from stages.reporting import style
 
+        style.vector = vector
         if dataset is not None:
             stage.first(params, dataset, out or Paths(params.run, dataset).tables)
             return

@@ -34,7 +34,7 @@ INDEX = "index.json"  # what each file says of itself
 
 HOW_TO_LOAD = """\
 ```python
-from defense import FastLangevin, EOTDefense, LangevinConfig, load_energy
+from defense import EOTDefense, FastLangevin, LangevinConfig, load_energy
 
 energy, tau = load_energy("{path}")
 defended = EOTDefense(
@@ -153,9 +153,7 @@ def classifier_card(params: Params, paths: Paths, training: str, out: Path, show
     attacked = judged(paths.record(attack), params, attack)
     if attacked is not None:
         check_networks(paths.record(attack), attacked.about, weights.parent)
-        right = rows.accuracies(attacked, params.evaluate.draws)
-        facts["natural images"] = with_conditions(right["natural"], attacked)
-        facts["PGD"] = with_conditions(right["adversarial"], attacked)
+        facts["natural images"], facts["PGD"] = accuracies(attacked, params.evaluate.draws)
     code = f'```python\nclassifier = load_classifier("{(shown / copy.name).as_posix()}")\n```\n'
     lines = [f"- {label}: {text}" for label, text in facts.items()]
     return "\n".join([f"## {name}", "", *lines, "", code])
@@ -194,7 +192,7 @@ def energy_card(params: Params, paths: Paths, phase: str, out: Path, shown: Path
         facts["long chains"] = verdict = convergence(inspected)
         history = rows.training(paths, phase)
         page = pictures.energy_page(history, inspected, params.langevin.K, f"{name}: {verdict}")
-        style.save(page, out / name, kinds=("png",))
+        style.save(page, out / f"{name}.png")
         picture = f"![Training, long chains and samples of {name}]({name}.png)\n"
     for label, accuracy in defended(params, paths, phase).items():
         facts[label] = accuracy
@@ -253,15 +251,20 @@ def defended(params: Params, paths: Paths, phase: str) -> dict[str, str]:
             continue
         check_networks(path, result.about, paths.model("ebm").parent)
         attack = result.about["attack"]
-        right = rows.accuracies(result, params.evaluate.draws)
-        said.setdefault("defended, natural images", with_conditions(right["natural"], result))
-        said[f"defended, {attack}"] = with_conditions(right["adversarial"], result)
+        natural, attacked = accuracies(result, params.evaluate.draws)
+        said.setdefault("defended, natural images", natural)
+        said[f"defended, {attack}"] = attacked
     return said
 
 
-def with_conditions(accuracy: rows.Accuracy, result: AttackResult) -> str:
-    """An accuracy with its n and the radius it holds at."""
-    about = result.about
-    chain = f"K={about['K']}, " if "K" in about else ""
-    held_out = ", held-out images" if about["judged_on"] == "held_out" else ""
-    return f"{accuracy} n={accuracy.n}, {chain}{about['norm']} {about['eps_255']:g}/255{held_out}"
+def accuracies(result: AttackResult, draws: int) -> tuple[str, str]:
+    """On natural and on attacked images, with n, chain and radius."""
+    about, right = result.about, rows.accuracies(result, draws)
+    chain = [f"K={about['K']}"] if "K" in about else []
+    radius = [f"{about['norm']} {about['eps_255']:g}/255"]
+    images = ["held-out images"] if about["judged_on"] == "held_out" else []
+
+    def said(name: str, conditions: list[str]) -> str:
+        return ", ".join([f"{right[name]} n={right[name].n}", *conditions, *images])
+
+    return said("natural", chain), said("adversarial", chain + radius)

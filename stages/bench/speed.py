@@ -293,4 +293,4 @@ def write(result: dict[str, Any], out: Path, name: str) -> None:
     rows = table(result).to_markdown(index=False, disable_numparse=True)
     text = f"# Speed\n\nMachine: {about}.\n\n{HOW_TO_READ}\n![Speed]({name}.png)\n\n{rows}\n\n"
     write_text(out / f"{name}.md", f"{text}The machine's own rates:\n\n{limits}\n")
-    style.save(figures.speed(pd.DataFrame(result["rows"])), out / name)
+    style.save(figures.speed(pd.DataFrame(result["rows"])), out / f"{name}.png")

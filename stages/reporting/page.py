@@ -154,13 +154,10 @@ def figures(folder: Path, captions: Mapping[str, str]) -> list[Figure]:
 
 
 def embedded(path: Path, caption: str) -> Figure:
-    """A PNG file, or the SVG of that name if that is smaller, at the size of the PNG."""
-    png, vector = path.read_bytes(), path.parent.with_name("vector") / f"{path.stem}.svg"
+    """A PNG file as part of the page."""
+    png = path.read_bytes()
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
-    kind, data = "png", png
-    if vector.exists() and vector.stat().st_size < len(png):
-        kind, data = "svg+xml", vector.read_bytes()
-    encoded = f"data:image/{kind};base64,{b64encode(data).decode()}"
+    encoded = f"data:image/png;base64,{b64encode(png).decode()}"
     return Figure(path.stem, encoded, width, height, caption)
 
 

@@ -1,6 +1,5 @@
 """What all figures share: one style, colour-blind safe, and files without a date inside."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,21 +36,25 @@ CURVES = {
 TITLES = {"convergent": "convergent learning", "nonconvergent": "non-convergent learning"}
 
 
+vector = False  # set by the command line: every figure of a report also as an SVG
+
+
 def draw(figure: Figure, out: Path, name: str) -> None:
-    """A figure of the report folder ``out``: figures/``name``.png and vector/``name``.svg.
+    """A figure of the report folder ``out``: figures/``name``.png, if asked vector/``name``.svg.
 
     They lie apart because `dvc plots` shows every image of a folder.
     """
-    save(figure, out / "figures" / name, ("png",))
-    save(figure, out / "vector" / name, ("svg",))
+    save(figure, out / "figures" / f"{name}.png")
+    if vector:
+        save(figure, out / "vector" / f"{name}.svg")
 
 
-def save(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) -> None:
-    """``stem``.png and ``stem``.svg, the same bytes for the same numbers."""
-    for kind in kinds:
-        metadata = {"Software" if kind == "png" else "Date": None}
-        with Whole(stem.with_name(f"{stem.name}.{kind}")) as partial:
-            figure.savefig(partial, format=kind, metadata=metadata)
+def save(figure: Figure, path: Path) -> None:
+    """A .png or .svg, the same bytes for the same numbers."""
+    kind = path.suffix[1:]
+    metadata = {"Software" if kind == "png" else "Date": None}
+    with Whole(path) as partial:
+        figure.savefig(partial, format=kind, metadata=metadata)
 
 
 def panels(
