@@ -1,27 +1,23 @@
 """Adversarial defense with long-run energy-based models: tensors in, tensors out.
 
 rng, pixels         one generator per purpose; the two pixel ranges
-energy, classifier  the networks: ConvEnergy, WideResNet
+energy              ConvEnergy, the network f(x)
 langevin            the chain, equation (3): the plain reference
-written_gradient, compiled
-                    the same call, fast: FastLangevin
-chain_gradient, written_hessian
-                    gradients through the chain, exact or smoothed; plain and fast
 purifier, through   the purifier interface, the Langevin purifier, and gradients through it
 eot                 EOTDefense, the defended classifier, equations (4)-(6)
-threat, losses, step_rules
-                    the ball (7)-(8), the attack losses, the update rules (PGD, APGD, Square)
-verdict             four accuracy metrics, and a sequential test that stops early
+threat, losses      the ball (7)-(8), the attack losses
 attack, plain_attack
                     Algorithm 1 for every rule, loss and gradient; the plain version as printed
-active_test         can an attack find an adversarial point that is known to exist?
+verdict             four accuracy metrics, and a sequential test that stops early
 bank, ebm_training  noisy data, persistent chains and Algorithm 2, equations (1)-(2)
-classifier_training natural training of the classifier
+classifier_training natural and adversarial training of the classifier
 inference           frozen networks: evaluation mode, batches, checks of their output
-pretrained          load_energy, load_classifier: trained networks from their files
-diagnostics         states along chains, and their energies
-lyapunov, frechet   Lyapunov exponents, equations (12)-(13); the FID
-precision, onednn   float32, tf32 or bfloat16; prepacked CPU kernels
+
+fast/               the chain again, fast: FastLangevin; precision; prepacked CPU kernels
+gradient/           gradients through the chain, exact or smoothed; Hessian products
+rules/              the update rules: PGD, APGD, Square, noise
+nets/               WideResNet; load_energy, load_classifier
+studies/            energies along chains, Lyapunov exponents (12)-(13), the FID, planted attacks
 """
 
 from defense.attack import NEVER, AttackConfig, AttackRecord, run_attack, run_transfer
