@@ -1,4 +1,4 @@
-"""The workflow around `defense`: files, parameters, options, progress. One module per stage."""
+"""The workflow around `defense`: one module per stage; the rooms below serve them."""
 
 FAILED = 2  # exit status: something that the user can mend
 TIME_IS_UP = 75  # exit status: the time limit ended it; the same command goes on

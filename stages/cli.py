@@ -1,7 +1,7 @@
 """The command line: a command for each stage of the workflow; `stages.tools` has the others."""
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +42,7 @@ from stages.core.options import (
     place,
 )
 from stages.core.params import EVALUATED, MODELS, PGD_ATTACKS, TABLE_ATTACKS
-from stages.tools import commands as tools
+from stages.tools import commands
 
 app = typer.Typer(
     cls=Anywhere,
@@ -58,7 +58,10 @@ app = typer.Typer(
 def show_version(asked: bool) -> None:
     """The version of the installed package."""
     if asked:
-        typer.echo(f"stochsec {version('stochsec')}")
+        try:
+            typer.echo(f"stochsec {version('stochsec')}")
+        except PackageNotFoundError:
+            typer.echo("stochsec, not installed: a checkout")
         raise typer.Exit
 
 
@@ -441,4 +444,4 @@ def publish(
         stage.run(params, out or pretrained(params.run))
 
 
-app.add_typer(tools.app)
+app.add_typer(commands.app)

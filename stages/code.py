@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from stages.core.dependencies import code_of
 from stages.core.files import ROOT, write_text
-from stages.core.source import code_of
 
 PARAMS = "stages/core/params.py"
 

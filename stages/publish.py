@@ -153,7 +153,7 @@ def classifier_card(params: Params, paths: Paths, training: str, out: Path, show
     attacked = judged(paths.record(attack), params, attack)
     if attacked is not None:
         check_networks(paths.record(attack), attacked.about, weights.parent)
-        facts["natural images"], facts["PGD"] = accuracies(attacked, params.evaluate.draws)
+        facts["natural images"], facts["PGD"] = stated(attacked, params.evaluate.draws)
     code = f'```python\nclassifier = load_classifier("{(shown / copy.name).as_posix()}")\n```\n'
     lines = [f"- {label}: {text}" for label, text in facts.items()]
     return "\n".join([f"## {name}", "", *lines, "", code])
@@ -251,13 +251,13 @@ def defended(params: Params, paths: Paths, phase: str) -> dict[str, str]:
             continue
         check_networks(path, result.about, paths.model("ebm").parent)
         attack = result.about["attack"]
-        natural, attacked = accuracies(result, params.evaluate.draws)
+        natural, attacked = stated(result, params.evaluate.draws)
         said.setdefault("defended, natural images", natural)
         said[f"defended, {attack}"] = attacked
     return said
 
 
-def accuracies(result: AttackResult, draws: int) -> tuple[str, str]:
+def stated(result: AttackResult, draws: int) -> tuple[str, str]:
     """On natural and on attacked images, with n, chain and radius."""
     about, right = result.about, rows.accuracies(result, draws)
     chain = [f"K={about['K']}"] if "K" in about else []

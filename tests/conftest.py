@@ -1,12 +1,13 @@
 """Shared pieces: an energy and classifiers whose answers are known by hand, and tiny real nets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
 from defense.energy import ConvEnergy
+from defense.fast import precision
 from defense.inference import freeze
 from defense.nets.wide_resnet import WideResNet
 from tests.digits_model import digits_model, smooth_digits_model
@@ -15,10 +16,19 @@ from tests.tiny import experiment
 __all__ = ["digits_model", "experiment", "smooth_digits_model"]
 
 
-@pytest.fixture(autouse=True)
-def bfloat16_is_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_is_bfloat16() -> Iterator[None]:
     """On a CPU without kernels for it, too, where the library would compute in float32."""
-    monkeypatch.setattr("defense.fast.precision.has_bfloat16", lambda: True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("defense.fast.precision.has_bfloat16", lambda: True)
+        yield
+
+
+@pytest.fixture
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without kernels for it."""
+    monkeypatch.setattr("defense.fast.precision.has_bfloat16", lambda: False)
+    precision._warn.cache_clear()
 
 
 class QuadraticEnergy(nn.Module):

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from stages.core import presets
+from stages.core.dependencies import imports
 from stages.core.files import CODE, Paths, classifier_name
 from stages.core.params import EVALUATED, INSPECTED, PGD_ATTACKS, PHASES, TRAININGS
-from stages.core.source import imports
 
 ROOT = Path(__file__).parent.parent
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]

@@ -174,7 +174,7 @@ class FastLangevin:
     """`langevin` for a `ConvEnergy` on a CPU or a CUDA device, in float32 or with less precision.
 
     State and noise are always float32; ``precision`` is that of the energy's gradient. On a CPU
-    tf32 is float32, and so is bfloat16 if the CPU has no kernels for it, with a warning. The noise
+    tf32 is float32, and so is bfloat16 if the CPU has no kernels for it (see `usable`). The noise
     there is the plain chain's, and the same seed gives the same bits. On CUDA the noise is the
     plain chain's for a batch of `padded_batch` images, and results repeat up to rounding, since
     kernels are chosen by timing. Copies and pickles of an instance drop its CUDA graphs.

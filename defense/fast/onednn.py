@@ -75,7 +75,7 @@ def _transposed_convolution(weight: Tensor, rest: int, inputs: list[int]) -> Map
 def has_bfloat16() -> bool:
     """Whether oneDNN has bfloat16 kernels for this CPU, as from AVX-512 on; True if it cannot say.
 
-    Without them a chain in bfloat16 takes ten times as long as in float32.
+    Without them a chain in bfloat16 takes several times as long as in float32.
     """
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -20,15 +21,20 @@ def check_precision(precision: Precision) -> Precision:
 
 
 def usable(precision: Precision, device: torch.device) -> Precision:
-    """The same, but float32 for bfloat16 on a CPU without kernels for it, with a warning."""
+    """The same, but float32 for bfloat16 on a CPU without kernels for it; warns once of that."""
     if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
-        warnings.warn(
-            "this CPU has no bfloat16 kernels: computing in float32 instead, which is exact and "
-            "here ten times as fast",
-            stacklevel=3,
-        )
+        _warn()
         return "float32"
     return precision
+
+
+@cache
+def _warn() -> None:
+    warnings.warn(
+        "this CPU has no bfloat16 kernels: computing in float32, which is more precise and here "
+        "several times as fast",
+        stacklevel=3,
+    )
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Networks: the Wide ResNet, and weights in files."""
+"""Beside the energy: the Wide ResNet, and trained networks from their files."""

@@ -25,7 +25,8 @@ from stages.attack import Files
 from stages.bench.speed import machine
 from stages.core.artifacts import Images, load_images
 from stages.core.build import Nets, attack_config, threat
-from stages.core.console import Track, counted, say
+from stages.core.console import Track, say
+from stages.core.engine import counted
 from stages.core.files import write_text
 from stages.core.hardware import Hardware
 from stages.core.params import Params

@@ -76,8 +76,8 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
     logits = logits.detach()
     if not torch.isfinite(logits).all():
         raise StageError(
-            f"{path}: its logits are not finite: its training has diverged, or a class is masked "
-            "with -inf, where a large negative number would do"
+            f"{path}: its logits are NaN or infinite: its training has diverged, or a class is "
+            "masked with -inf, where a large negative number would do"
         )
     if not differentiable:
         raise StageError(

@@ -3,11 +3,10 @@
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import ClassVar, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -19,8 +18,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Call = TypeVar("Call", bound=Callable[..., Any])
-
 console = Console(stderr=True, highlight=False)
 if not console.is_terminal:  # a log has room for a whole table
     console.width = 150
@@ -30,7 +27,8 @@ class Track:
     """A progress line: done of total, rate, time left, and a text with values to monitor.
 
     On a terminal it is a live bar; in a log it is one line every ``log_every`` seconds. It also
-    shows the rate of Langevin steps of `watched` chains, as one unit may take minutes.
+    shows the rate of ``image_steps``, the Langevin steps of single images, as one unit may take
+    minutes.
     """
 
     log_every = 15.0
@@ -95,29 +93,6 @@ class Track:
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def counted(chain: Call, count: Callable[[int], None]) -> Call:
-    """A chain (`defense.langevin.Chain`) that tells ``count`` how many image-steps it took."""
-
-    @wraps(chain, updated=())
-    def run(energy: Any, x: Any, config: Any, **options: Any) -> Any:
-        end = chain(energy, x, config, **options)
-        count(len(x) * config.steps)
-        return end
-
-    return cast(Call, run)
-
-
-def watched(chain: Call) -> Call:
-    """A chain whose steps the running progress line counts."""
-
-    def count(image_steps: int) -> None:
-        if Track.running is not None:
-            Track.running.image_steps += image_steps
-            Track.running.show()
-
-    return counted(chain, count)
 
 
 verbose = False  # set by the command line

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from defense.fast.onednn import has_bfloat16
+from defense.fast.precision import usable
 from stages import StageError
 from stages.core.files import minutes
 
@@ -57,13 +57,12 @@ class Hardware:
 
     def conditions(self) -> dict[str, object]:
         """What a record repeats on, bit for bit on a CPU; stated in every record."""
-        emulated = self.device.type == "cpu" and not has_bfloat16()
         return {
-            **({"bfloat16": "computed in float32"} if emulated else {}),
             "device": self.device.type,
             "max_chains": self.max_chains,
             "threads": torch.get_num_threads(),
             "engine": engine_name(),
+            "bfloat16": usable("bfloat16", self.device),
             "classifier": self.classifier_precision(),
             "torch": torch.__version__,
         }

@@ -41,6 +41,8 @@ PHASES = ("adam", *MODELS, f"{SMOOTH}adam", f"{SMOOTH}convergent")
 EVALUATED = ("convergent", f"{SMOOTH}convergent")
 INSPECTED = ("convergent", "nonconvergent", f"{SMOOTH}convergent")
 
+SHOWN = 5  # wrong parameters in one message
+
 
 class Params(Section):
     """The whole of params.yaml."""
@@ -283,9 +285,6 @@ def load_params(path: Path) -> Params:
     params = validate_params(values, path)
     params._origin = path
     return params
-
-
-SHOWN = 5  # wrong parameters in one message
 
 
 def validate_params(values: Any, origin: Path) -> Params:

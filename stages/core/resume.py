@@ -18,10 +18,10 @@ from torch import Tensor
 from stages import StageError, Stopped, WindowTooShort
 from stages.core.artifacts import load_tensors, save_tensors, together
 from stages.core.console import say
+from stages.core.dependencies import code_behind
 from stages.core.files import Whole, fingerprint, readable, require
 from stages.core.hardware import Hardware
 from stages.core.params import Params
-from stages.core.source import code_behind
 
 ONCE = 1.0  # seconds; a signal repeated within it (to process and group) counts once
 MANIFEST = "work.json"  # in a checkpoint file: what the work belongs to
@@ -31,7 +31,7 @@ class Scratch:
     """A folder for one stage's unfinished work, keyed by everything that determines its result.
 
     The key consists of ``key`` of the parameters, the files read, the machine's settings and the
-    code of the stage, which is the module that defines ``key`` (see `stages.core.source`).
+    code of the stage, which is the module that defines ``key`` (see `stages.core.dependencies`).
     ``afresh`` deletes what an earlier run has left. The folder lies in .scratch; for a part of
     larger work, in the folder of ``within``.
 

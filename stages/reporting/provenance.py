@@ -16,7 +16,7 @@ from stages.core.params import Params
 from stages.core.records import KEPT
 
 IMPORTED = "imported.json"  # among the records of a run: where they came from, if not from here
-MACHINE = ("device", "torch", "engine", "classifier", "max_chains", "threads")
+MACHINE = ("device", "torch", "engine", "bfloat16", "classifier", "max_chains", "threads")
 
 
 def write(params: Params, root: Path, out: Path) -> None:
@@ -78,7 +78,7 @@ def source() -> str:
     """One hash of all modules of both packages."""
     digest = hashlib.sha256()
     for path in source_files():
-        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:32]
 
 

@@ -26,9 +26,9 @@ def bench(
 ) -> None:
     """Time chains, training and attack against a plain torch loop and the machine's limits."""
     with mendable():
-        from stages.bench import speed as stage
+        from stages.bench import speed
 
-        stage.run(options.given.hardware(), rounds, out, json_path)
+        speed.run(options.given.hardware(), rounds, out, json_path)
 
 
 @app.command()
@@ -46,10 +46,10 @@ def bench_attack(
     """Time Algorithm 1 as it is printed against the way that `attack` runs it."""
     with checked(dataset) as params:
         from stages.attack import Files
-        from stages.bench import attack as stage
+        from stages.bench import attack
 
         paths = Paths(params.run, dataset)
-        stage.run(
+        attack.run(
             params,
             dataset,
             options.given.hardware(),
@@ -72,9 +72,9 @@ def bench_networks(
 ) -> None:
     """Time Langevin steps of the paper's energy against networks of IGEBM's and JEM's size."""
     with mendable():
-        from stages.bench import networks as stage
+        from stages.bench import networks
 
-        stage.run(options.given.hardware(), rounds, out, batch=batch)
+        networks.run(options.given.hardware(), rounds, out, batch=batch)
 
 
 @app.command()
@@ -89,10 +89,10 @@ def run_all(
     It does not see that parameters or code have changed; `dvc repro` does.
     """
     with checked() as params:
-        from stages.tools import run_all as stage
+        from stages.tools.run_all import run
 
         own = options.given
-        status = stage.run(params, own.params_file, stages or (), own.time_limit, own.device)
+        status = run(params, own.params_file, stages or (), own.time_limit, own.device)
         if status:
             raise typer.Exit(status)
 
@@ -106,9 +106,9 @@ def cost(
 ) -> None:
     """Count what the experiment takes at most, stage by stage, before anybody runs it."""
     with checked() as params:
-        from stages.bench import cost as stage
+        from stages.bench.cost import run
 
-        stage.run(params, rate)
+        run(params, rate)
 
 
 @app.command("export")
@@ -143,9 +143,9 @@ def init(
 ) -> None:
     """Lay out an experiment in FOLDER: dvc.yaml, params.yaml, presets. A checkout has them."""
     with mendable():
-        from stages.tools import init as layout
+        from stages.tools.init import run
 
-        layout.run(folder)
+        run(folder)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages import code
-from stages.core import source
+from stages.core import dependencies
 from tests.tiny import ROOT
 
 SOURCE = '''"""About the module."""
@@ -24,7 +24,7 @@ def area(radius: float) -> float:
 
 
 def tokens(text: str) -> list[str]:
-    return list(source.significant(text))
+    return list(dependencies.significant(text))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_an_f_string_is_one_token_as_in_every_version_of_python() -> None:
     assert text in tokens(SOURCE)
     nested = "x = f\"{a} {f'{b}'}\" f'''c\n{d}'''\n"
     assert tokens(nested) == ["x", "=", "f\"{a} {f'{b}'}\"", "f'''c\n{d}'''", "\n"]
-    assert hasattr(tokenize, "FSTRING_START") == (source.FSTRING[0] is not None)
+    assert hasattr(tokenize, "FSTRING_START") == (dependencies.FSTRING[0] is not None)
 
 
 def test_a_string_that_is_used_is_no_docstring() -> None:
@@ -78,12 +78,12 @@ def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """``edited("defense/langevin.py", old, new)``: the stages whose file that changes."""
     for name in ("defense", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for module in (code, source):
+    for module in (code, dependencies):
         monkeypatch.setattr(module, "ROOT", tmp_path)
 
     def written() -> dict[str, str]:
-        source.imports.cache_clear()
-        source.fingerprint.cache_clear()
+        dependencies.imports.cache_clear()
+        dependencies.fingerprint.cache_clear()
         code.run(tmp_path / "code")
         return {path.stem: path.read_text() for path in (tmp_path / "code").iterdir()}
 
@@ -98,8 +98,8 @@ def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return {name for name in before if before[name] != after[name]}
 
     yield edit
-    source.imports.cache_clear()
-    source.fingerprint.cache_clear()
+    dependencies.imports.cache_clear()
+    dependencies.fingerprint.cache_clear()
 
 
 TRAINING = {"train_classifier", "train_ebm", "prepare_data"}
@@ -146,7 +146,7 @@ def test_what_a_person_sees_changes_nothing(edited) -> None:
     assert edited("stages/core/console.py", "log_every = 15.0", "log_every = 20.0") == set()
 
 
-@pytest.mark.parametrize("data", source.DATA.values())
+@pytest.mark.parametrize("data", dependencies.DATA.values())
 def test_data_that_a_module_reads_changes_the_report(edited, data) -> None:
     text = (ROOT / data).read_text()
     changed = edited(data, text[:9], f"{text[:9]} ")
@@ -167,5 +167,5 @@ def test_other_peoples_modules_are_not_ours(edited, tmp_path) -> None:
     (tmp_path / "torch/nn").mkdir(parents=True)
     (tmp_path / "torch/nn/functional.py").write_text("")
     assert "import torch.nn.functional" in (tmp_path / "defense/losses.py").read_text()
-    source.imports.cache_clear()
-    assert source.imports("defense/losses.py") == frozenset()
+    dependencies.imports.cache_clear()
+    assert dependencies.imports("defense/losses.py") == frozenset()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +30,22 @@ def folder(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which the whole tiny experiment has been run, to work in."""
     monkeypatch.chdir(experiment)
     return experiment
+
+
+def test_figures_are_drawn_as_vectors_for_those_who_ask(tmp_path: Path) -> None:
+    words = f"report --vector --out {tmp_path}/again"
+    assert command(words).exit_code == 0
+    drawn = {path.stem: path.read_bytes() for path in (tmp_path / "again/vector").glob("*.svg")}
+    assert drawn.keys() == {path.stem for path in (tmp_path / "again/figures").glob("*.png")}
+    assert command(words).exit_code == 0
+    for name, before in drawn.items():
+        assert (tmp_path / f"again/vector/{name}.svg").read_bytes() == before
+
+
+def test_the_version_is_one(folder: Path) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert command("--version").output == f"stochsec {version}\n"
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_whole_experiment_leaves_tables_and_figures(folder: Path) -> None:

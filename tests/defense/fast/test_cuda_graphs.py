@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from defense.energy import ConvEnergy
-from defense.fast import langevin as compiled
+from defense.fast import langevin as fast_langevin
 from defense.fast.langevin import FastLangevin
 from defense.fast.precision import Precision
 from defense.langevin import ChainLog, LangevinConfig, langevin
@@ -43,7 +43,7 @@ def rows_of(log: ChainLog | None) -> list[Tensor]:
     return [] if log is None else log.energies + log.gradient_norms
 
 
-ADVANCE = compiled._Graphs._advance
+ADVANCE = fast_langevin._Graphs._advance
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
         FakeGraph.recording = None
 
-    def advance(graphs: compiled._Graphs, steps: int) -> ChainLog | None:
+    def advance(graphs: fast_langevin._Graphs, steps: int) -> ChainLog | None:
         log = ADVANCE(graphs, steps)
         if FakeGraph.recording is not None:
             FakeGraph.recording.calls.append((graphs, steps, log))
         return log
 
-    monkeypatch.setattr(compiled._Graphs, "_advance", advance)
+    monkeypatch.setattr(fast_langevin._Graphs, "_advance", advance)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
@@ -71,8 +71,8 @@ def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
-    monkeypatch.setattr(compiled, "images_at_once", lambda *about: 6)
-    monkeypatch.setattr(compiled, "GRAPH_STEPS", 5)
+    monkeypatch.setattr(fast_langevin, "images_at_once", lambda *about: 6)
+    monkeypatch.setattr(fast_langevin, "GRAPH_STEPS", 5)
 
 
 def run_graphs(
@@ -86,7 +86,7 @@ def run_graphs(
     log: ChainLog | None = None,
 ) -> Tensor:
     config = LangevinConfig(steps, tau)
-    call = compiled._Call(energy, x, config, generator, log, chain.precision)
+    call = fast_langevin._Call(energy, x, config, generator, log, chain.precision)
     return chain._replay(call)
 
 
@@ -156,13 +156,13 @@ def test_recording_and_replaying_leave_an_energy_alone(fake_graphs: None) -> Non
 def test_graphs_are_recorded_in_the_precision(
     fake_graphs: None, monkeypatch: pytest.MonkeyPatch, precision: Precision, allowed: bool
 ) -> None:
-    seen, advance = set(), compiled._Call.advance
+    seen, advance = set(), fast_langevin._Call.advance
 
-    def spy(call: compiled._Call, steps: int, most: int) -> None:
+    def spy(call: fast_langevin._Call, steps: int, most: int) -> None:
         seen.add(torch.backends.cudnn.allow_tf32)
         advance(call, steps, most)
 
-    monkeypatch.setattr(compiled._Call, "advance", spy)
+    monkeypatch.setattr(fast_langevin._Call, "advance", spy)
     chain = FastLangevin(precision=precision)
     run_graphs(chain, make_energy(), make_images(), 5, generator=seeded())
     assert seen == {allowed}

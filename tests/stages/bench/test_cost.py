@@ -21,7 +21,7 @@ from stages.attack import attack_defense
 from stages.bench import cost
 from stages.bench.cost import Work, costs
 from stages.bench.jobs import Job
-from stages.core import console, presets
+from stages.core import engine, presets
 from stages.core.build import Nets
 from stages.core.energies import new_energy
 from stages.core.hardware import Hardware
@@ -135,7 +135,7 @@ def test_an_attack_that_breaks_nothing_takes_what_is_counted(
         Hardware(torch.device("cpu"), 200),
         classifier,
         freeze(new_energy(params, "digits", "smooth_convergent")),
-        counted=lambda chain: console.counted(chain, spent.append),
+        counted=lambda chain: engine.counted(chain, spent.append),
     )
     x, y = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
     record = attack_defense(nets, "mine", named)(0, None, x, y, lambda robust: None)

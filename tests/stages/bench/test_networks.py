@@ -13,7 +13,7 @@ from defense.fast.langevin import FastLangevin
 from defense.inference import flops
 from defense.langevin import langevin
 from stages import StageError
-from stages.bench import networks as bench_networks
+from stages.bench import networks
 from stages.bench.networks import FAST, IGEBM, JEM, OURS, PLAIN, SHAPE, System
 from stages.core.hardware import Hardware
 from stages.reporting import style
@@ -91,7 +91,7 @@ def test_jem_is_minus_the_logsumexp_of_its_logits(seeded) -> None:
 
 def test_the_systems_of_a_real_run() -> None:
     with torch.device("meta"):
-        found = bench_networks.systems(torch.device("meta"))
+        found = networks.systems(torch.device("meta"))
     assert [s.engine for s in found if s.network == OURS] == [FAST, PLAIN]
     assert {s.engine for s in found if s.network != OURS} == {PLAIN}
     assert len({s.chain for s in found if s.engine == PLAIN}) == 1
@@ -102,16 +102,16 @@ def test_every_system_is_timed_in_turn_after_a_round_to_warm_up(monkeypatch) -> 
     order: list[int] = []
     found = tiny()
     monkeypatch.setattr(
-        bench_networks, "milliseconds", lambda work, device: order.append(1) or float(len(order))
+        networks, "milliseconds", lambda work, device: order.append(1) or float(len(order))
     )
-    times = bench_networks.timings(found, torch.rand(2, *SHAPE), 2)
+    times = networks.timings(found, torch.rand(2, *SHAPE), 2)
     taken = [[ms * system.steps for ms in row] for row, system in zip(times, found, strict=True)]
     assert taken == [[5, 9], [6, 10], [7, 11], [8, 12]]
 
 
 def test_ratios_are_between_the_medians_of_one_run() -> None:
     times = [[1.0, 2.0, 9.0], [4.0, 3.0, 5.0], [40.0, 80.0, 20.0], [100.0, 500.0, 200.0]]
-    rows = pd.DataFrame(bench_networks.rows_of(tiny(), times, torch.rand(6, *SHAPE)))
+    rows = pd.DataFrame(networks.rows_of(tiny(), times, torch.rand(6, *SHAPE)))
     assert rows["ms"].tolist() == [2, 4, 40, 200]
     assert rows["times_plain"].tolist() == [0.5, 1, 10, 50]
     assert rows["times_fast"].tolist() == [1, 2, 20, 100]
@@ -123,8 +123,8 @@ def test_ratios_are_between_the_medians_of_one_run() -> None:
 def result(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("networks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_networks, "systems", tiny)
-        bench_networks.run(Hardware.choose("cpu"), 3, folder, batch=2)
+        patch.setattr(networks, "systems", tiny)
+        networks.run(Hardware.choose("cpu"), 3, folder, batch=2)
     return folder
 
 
@@ -150,7 +150,7 @@ def test_json_and_csv_have_the_same_rows(result: Path) -> None:
 
 def test_the_table_says_sizes_times_and_ratios(result: Path) -> None:
     rows = json.loads((result / "cpu.json").read_text())["rows"]
-    table = bench_networks.table(rows)
+    table = networks.table(rows)
     assert len(table) == len(rows)
     assert table["of our plain loop"][1] == "1x"
 
@@ -158,7 +158,7 @@ def test_the_table_says_sizes_times_and_ratios(result: Path) -> None:
 def test_the_figure_draws(result: Path, tmp_path: Path) -> None:
     timed = json.loads((result / "cpu.json").read_text())["rows"]
     rows, figure = pd.DataFrame(timed), sampling_times(timed, "a machine")
-    style.save(figure, tmp_path / "figure10")
+    style.save(figure, tmp_path / "figure10.png")
     assert (tmp_path / "figure10.png").stat().st_size > 10_000
     (ax,) = figure.axes
     assert ax.get_xscale() == "log"
@@ -173,16 +173,16 @@ def test_the_figure_draws(result: Path, tmp_path: Path) -> None:
 )
 def test_bad_numbers_are_said(tmp_path: Path, rounds: int, batch: int, said: str) -> None:
     with pytest.raises(StageError, match=said):
-        bench_networks.run(Hardware.choose("cpu"), rounds, tmp_path, batch=batch)
+        networks.run(Hardware.choose("cpu"), rounds, tmp_path, batch=batch)
 
 
 def test_a_bad_device_or_folder_is_said_before_any_work(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(StageError, match="expected a folder"):
-        bench_networks.run(Hardware.choose("cpu"), 2, file)
+        networks.run(Hardware.choose("cpu"), 2, file)
     with pytest.raises(StageError, match="expected cpu or cuda, got 'meta'"):
-        bench_networks.run(Hardware(torch.device("meta"), 1), 2, tmp_path)
+        networks.run(Hardware(torch.device("meta"), 1), 2, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_too_many_images_for_the_memory_are_said(monkeypatch, tmp_path, error, e
     def fails(*_: object) -> float:
         raise error
 
-    monkeypatch.setattr(bench_networks, "systems", tiny)
-    monkeypatch.setattr(bench_networks, "milliseconds", fails)
+    monkeypatch.setattr(networks, "systems", tiny)
+    monkeypatch.setattr(networks, "milliseconds", fails)
     with pytest.raises(expected) as raised:
-        bench_networks.run(Hardware.choose("cpu"), 2, tmp_path, batch=2)
+        networks.run(Hardware.choose("cpu"), 2, tmp_path, batch=2)
     assert raised.type is expected
     assert not list(tmp_path.iterdir())

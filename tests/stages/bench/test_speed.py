@@ -8,12 +8,12 @@ from unittest.mock import MagicMock
 import pandas as pd
 import pytest
 import torch
+from stages.speed.jobs import TAU, Job, backward_chain, ours, usual, usual_chain
 from torch.utils.flop_counter import FlopCounterMode
 
 from defense.fast.langevin import FastLangevin
 from defense.langevin import LangevinConfig, langevin
-from stages.bench import jobs as bench_jobs, speed as bench
-from stages.bench.jobs import TAU, Job, backward_chain, ours, usual, usual_chain
+from stages.bench import jobs, speed
 from tests.tiny import command
 
 TASKS = ("langevin", "ebm_update", "attack_step", "classifier_step")
@@ -66,9 +66,9 @@ def test_an_update_costs_its_chain_and_three_passes_over_data_and_chains() -> No
 def result(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "jobs", lambda device: [small(task) for task in TASKS])
-        patch.setattr(bench, "CONVOLUTIONS", ((16, 16),))
-        patch.setattr(bench, "PRODUCTS", (256,))
+        patch.setattr(speed, "jobs", lambda device: [small(task) for task in TASKS])
+        patch.setattr(speed, "CONVOLUTIONS", ((16, 16),))
+        patch.setattr(speed, "PRODUCTS", (256,))
         out = command(f"bench --rounds 2 --device cpu --out {folder} --json {folder}/copy.json")
     assert out.exit_code == 0, out.output
     return folder
@@ -105,15 +105,15 @@ def test_fraction_of_the_limit_is_useful_operations_over_the_convolution_rate(
 
 def test_table_and_picture_come_from_the_json(result: Path, tmp_path: Path) -> None:
     values = json.loads((result / "cpu.json").read_text())
-    bench.write(values, tmp_path, "cpu")
+    speed.write(values, tmp_path, "cpu")
     for name in ("cpu.md", "cpu.png"):
         assert (tmp_path / name).read_bytes() == (result / name).read_bytes()
     assert len((result / "cpu.md").read_text().split("| fast ")) == 2 * len(TASKS) + 1
 
 
 def test_a_dead_process_of_the_usual_loop_is_said(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "jobs", lambda device: [small("langevin")])
-    monkeypatch.setattr(bench.sys, "executable", "/bin/true")
+    monkeypatch.setattr(speed, "jobs", lambda device: [small("langevin")])
+    monkeypatch.setattr(speed.sys, "executable", "/bin/true")
     out = command(f"bench --rounds 2 --device cpu --out {tmp_path}")
     assert out.exit_code == 2
     assert "the process of the usual loop ended" in out.output
@@ -132,14 +132,14 @@ def test_operations_of_training_and_attack() -> None:
 def test_rows_and_limits_by_hand() -> None:
     job, million = small("langevin"), 10**6
     sides = [("usual", "float32"), ("backward", "float32"), ("fast", "bfloat16")]
-    entries = [bench.Entry("langevin", job, engine, p, lambda: 0.0) for engine, p in sides]
+    entries = [speed.Entry("langevin", job, engine, p, lambda: 0.0) for engine, p in sides]
     for flops, precision in ((8, "float32"), (2, "float32"), (32, "bfloat16")):
         task = f"conv {flops * million}"
-        entries.append(bench.Entry(task, None, "", precision, lambda: 0.0))
+        entries.append(speed.Entry(task, None, "", precision, lambda: 0.0))
     times = [[8.0, 6.0, 70.0], [16.0] * 3, [2.0] * 3, [1.0] * 3, [1.0] * 3, [1.0] * 3]
-    limits = bench.limits_of(entries, times)
+    limits = speed.limits_of(entries, times)
     assert [limit["conv_gflops"] for limit in limits] == [8.0, 32.0]
-    rows = bench.rows_of(entries, times, limits)
+    rows = speed.rows_of(entries, times, limits)
     assert [row["baseline_ms"] for row in rows] == [8.0] * 3
     assert [row["speedup"] for row in rows] == [1.0, 0.5, 4.0]
     low, high = rows[0]["ms_quartiles"]
@@ -149,19 +149,19 @@ def test_rows_and_limits_by_hand() -> None:
 
 def test_the_first_round_warms_up(monkeypatch) -> None:
     clock = iter([100.0, 1.0, 2.0])
-    entry = bench.Entry("langevin", small("langevin"), "usual", "float32", lambda: next(clock))
-    monkeypatch.setattr(bench, "entries_on", lambda device, users: [entry])
-    assert bench.timings("cpu", 2)[1] == [[1.0, 2.0]]
+    entry = speed.Entry("langevin", small("langevin"), "usual", "float32", lambda: next(clock))
+    monkeypatch.setattr(speed, "entries_on", lambda device, users: [entry])
+    assert speed.timings("cpu", 2)[1] == [[1.0, 2.0]]
 
 
 def test_every_usual_job_has_a_process_that_is_told_which_loop(monkeypatch) -> None:
     started = MagicMock()
-    monkeypatch.setattr(bench.subprocess, "Popen", started)
-    monkeypatch.setattr(bench, "jobs", lambda device: [small("langevin")])
-    monkeypatch.setattr(bench, "CONVOLUTIONS", ())
-    monkeypatch.setattr(bench, "PRODUCTS", ())
+    monkeypatch.setattr(speed.subprocess, "Popen", started)
+    monkeypatch.setattr(speed, "jobs", lambda device: [small("langevin")])
+    monkeypatch.setattr(speed, "CONVOLUTIONS", ())
+    monkeypatch.setattr(speed, "PRODUCTS", ())
     with ExitStack() as users:
-        bench.entries_on("cpu", users)
+        speed.entries_on("cpu", users)
     asked = [json.loads(call.args[0][-1]) for call in started.call_args_list]
     assert [backward for _, backward in asked] == [False, True]
 
@@ -169,7 +169,7 @@ def test_every_usual_job_has_a_process_that_is_told_which_loop(monkeypatch) -> N
 @pytest.mark.parametrize(("backward", "name"), [(False, "usual_chain"), (True, "backward_chain")])
 def test_the_usual_side_runs_the_loop_it_was_told(monkeypatch, backward: bool, name: str) -> None:
     called = MagicMock()
-    monkeypatch.setattr(bench_jobs, name, called)
+    monkeypatch.setattr(jobs, name, called)
     usual(small("langevin"), backward=backward)()
     called.assert_called_once()
 
@@ -178,9 +178,9 @@ def test_the_usual_side_runs_the_loop_it_was_told(monkeypatch, backward: bool, n
     ("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
 )
 def test_the_machines_rates_count_what_they_run(monkeypatch, precision, dtype) -> None:
-    monkeypatch.setattr(bench, "CONVOLUTIONS", ((8, 8),))
-    monkeypatch.setattr(bench, "PRODUCTS", (32,))
-    for task, work in bench.machine_work("cpu", precision):
+    monkeypatch.setattr(speed, "CONVOLUTIONS", ((8, 8),))
+    monkeypatch.setattr(speed, "PRODUCTS", (32,))
+    for task, work in speed.machine_work("cpu", precision):
         with FlopCounterMode(display=False) as counter:
             assert work().dtype == dtype
         assert counter.get_total_flops() == int(task.split()[1])
@@ -195,6 +195,6 @@ def test_our_side_runs_the_fast_chain_in_the_precision(task: str, monkeypatch) -
             ran.append(self.precision)
             return super().__call__(*args, **options)
 
-    monkeypatch.setattr(bench_jobs, "FastLangevin", Spy)
+    monkeypatch.setattr(jobs, "FastLangevin", Spy)
     ours(small(task), "fast", "bfloat16")()
     assert ran == ["bfloat16"]

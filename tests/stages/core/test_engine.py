@@ -39,6 +39,13 @@ def test_a_short_chain_stays_plain(steps: int, precision: str, expected: str) ->
     assert chosen(steps, precision) == expected
 
 
+def test_without_bfloat16_kernels_a_chain_is_one_of_float32(without_bfloat16) -> None:
+    assert CPU.conditions()["bfloat16"] == "float32"
+    with pytest.warns(UserWarning, match="no bfloat16 kernels"):
+        assert chosen(3, "bfloat16") == "plain"
+    assert chosen(4, "bfloat16") == "fast"
+
+
 def test_a_gpu_gets_graphs_at_any_length(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     assert chosen(1, hardware=GPU) == "fast"
@@ -51,8 +58,8 @@ def test_the_environment_insists(monkeypatch) -> None:
     assert chosen(1500) == "plain"
     with pytest.raises(StageError, match="plain computes in float32 or tf32, not in bfloat16"):
         chosen(1500, "bfloat16")
-    monkeypatch.setenv("STOCHSEC_ENGINE", "fast")
-    with pytest.raises(StageError, match=r"STOCHSEC_ENGINE: expected one of .* got 'fast'"):
+    monkeypatch.setenv("STOCHSEC_ENGINE", "compiled")
+    with pytest.raises(StageError, match=r"STOCHSEC_ENGINE: expected one of .* got 'compiled'"):
         chosen(1500)
 
 
@@ -77,7 +84,7 @@ def test_what_runs_and_why_is_said_once_to_those_who_ask(monkeypatch, capsys) ->
         chosen(steps)
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "engine: plain, float32, 2 steps (fewer than 4 steps a call)"
-    assert said[1].startswith("engine: compiled, float32, 8 steps (library kernels")
+    assert said[1].startswith("engine: fast, float32, 8 steps (library kernels")
     assert "KiB an image" in said[1]
     assert len(said) == 2
 

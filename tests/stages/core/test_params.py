@@ -164,6 +164,15 @@ def test_a_missing_value_is_named() -> None:
         validate_params(changed("langevin.K", None, delete=True), Path("params.yaml"))
 
 
+def test_of_many_wrong_values_a_few_are_shown() -> None:
+    values = changed("seed", -1)
+    values |= {f"wrong_{number}": 1 for number in range(9)}
+    with pytest.raises(StageError) as error:
+        validate_params(values, Path("params.yaml"))
+    assert str(error.value).count("no such parameter") <= 5
+    assert str(error.value).endswith("; and 5 more")
+
+
 def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
     values = changed("data.digits.adam_lr", "1e-4")
     assert validate_params(values, Path("params.yaml")).data["digits"].adam_lr == 1e-4

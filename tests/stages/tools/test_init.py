@@ -28,14 +28,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("defense", "stages", "presets", NETWORK_TIMES):
         shutil.copytree(ROOT / name, source / name)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "dvc.yaml", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "dvc.yaml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
     result = run(source, sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
     (wheel,) = (source / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
         archive.extractall(built)
+    assert {"stages/reporting/page.html", "stages/reporting/published.csv"} <= set(names)
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     return built
 
 

@@ -1,4 +1,4 @@
-"""The code that each stage runs, as one small file a stage: what DVC and resumed work look at.
+"""The modules that each stage imports, with hashes: what DVC and resumed work look at.
 
 A stage has to run again when code changes that its result depends on, and only then. So a stage of
 dvc.yaml depends on one file, artifacts/code/STAGE.txt. It lists the modules that the stage imports,

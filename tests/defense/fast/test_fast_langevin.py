@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from defense.energy import ACTIVATIONS
 from defense.eot import EOTDefense
-from defense.fast import langevin as compiled, onednn, written_gradient
+from defense.fast import langevin as fast_langevin, onednn, written_gradient
 from defense.fast.langevin import FastLangevin, bytes_per_image, images_at_once, padded_batch
 from defense.fast.precision import Precision, arithmetic
 from defense.fast.written_gradient import WrittenGradient, slope_of
+from defense.gradient.hessian import written_product
 from defense.langevin import ChainLog, LangevinConfig, energy_and_gradient, langevin
 from tests.chains import (
     SHAPES,
@@ -81,8 +83,8 @@ def test_pieces_do_not_change_the_noise(monkeypatch: pytest.MonkeyPatch) -> None
     generators = seeded(), seeded()
     logs = ChainLog(), ChainLog()
     expected = langevin(energy, x, TWENTY, generator=generators[0], log=logs[0])
-    monkeypatch.setattr(compiled, "CACHED_VALUES", 0)
-    monkeypatch.setattr(compiled, "SMALLEST_SHARE", 3)
+    monkeypatch.setattr(fast_langevin, "CACHED_VALUES", 0)
+    monkeypatch.setattr(fast_langevin, "SMALLEST_SHARE", 3)
     assert images_at_once(energy, "float32", x.device) == 3
     actual = FastLangevin()(energy, x, TWENTY, generator=generators[1], log=logs[1])
     assert relative_difference(actual, expected) < 1e-5
@@ -198,17 +200,17 @@ def test_bfloat16_without_the_private_operators_is_the_same(
     assert (without - with_it).norm() / (with_it - x).norm() < 2e-2
 
 
-def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    energy, x = make_energy(), make_images()
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so_once(without_bfloat16) -> None:
+    energy, x = make_energy(activation="silu"), make_images()
     expected = FastLangevin()(energy, x, TWENTY, generator=seeded())
-    monkeypatch.setattr("defense.fast.precision.has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="no bfloat16 kernels: computing in float32"):
         actual = FastLangevin(precision="bfloat16")(energy, x, TWENTY, generator=seeded())
     assert torch.equal(actual, expected)
-    with pytest.warns(UserWarning), arithmetic("bfloat16", x.device):
+    product = written_product(energy, x, 1)(x, x)
+    with warnings.catch_warnings(), arithmetic("bfloat16", x.device):
+        warnings.simplefilter("error")
         assert energy(x).dtype == torch.float32
+        assert torch.equal(written_product(energy, x, 1, precision="bfloat16")(x, x), product)
 
 
 @pytest.mark.parametrize("shape", ["digits", "paper"])
@@ -310,8 +312,8 @@ def test_the_stated_memory_is_enough_and_not_much_more(
 
 @pytest.mark.parametrize("count", [1, 16])
 def test_a_last_piece_of_one_image_moves_too(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "CACHED_VALUES", 0)
-    monkeypatch.setattr(compiled, "SMALLEST_SHARE", 3)
+    monkeypatch.setattr(fast_langevin, "CACHED_VALUES", 0)
+    monkeypatch.setattr(fast_langevin, "SMALLEST_SHARE", 3)
     energy, x = make_energy(activation="silu"), make_images(count=count)
     expected = langevin(energy, x, TWENTY, generator=seeded())
     actual = FastLangevin()(energy, x, TWENTY, generator=seeded())
