@@ -20,9 +20,14 @@ def check_precision(precision: Precision) -> Precision:
     return precision
 
 
+def runs_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed as such, which needs a GPU or a CPU with kernels for it."""
+    return device.type != "cpu" or has_bfloat16()
+
+
 def usable(precision: Precision, device: torch.device) -> Precision:
     """The same, but float32 for bfloat16 on a CPU without kernels for it; warns once of that."""
-    if precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+    if precision == "bfloat16" and not runs_bfloat16(device):
         _warn()
         return "float32"
     return precision

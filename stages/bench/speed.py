@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from defense.fast.langevin import bytes_per_image
-from defense.fast.precision import Precision, tensor_cores, usable
+from defense.fast.precision import Precision, runs_bfloat16, tensor_cores
 from stages import StageError
 from stages.bench.jobs import Job, Work, milliseconds, ours
 from stages.core.console import Track, say
@@ -144,9 +144,10 @@ def entries_on(device: str, users: ExitStack) -> list[Entry]:
     def here(work: Work) -> Callable[[], float]:
         return lambda: milliseconds(work, device)
 
-    left_out = "tf32" if device == "cpu" else None
-    usual = [p for p in get_args(Precision) if p != left_out]
-    precisions = [p for p in usual if usable(p, torch.device(device)) == p]
+    left_out = {"tf32"} if device == "cpu" else set()
+    if not runs_bfloat16(torch.device(device)):
+        left_out.add("bfloat16")
+    precisions = [p for p in get_args(Precision) if p not in left_out]
     default: Precision = "float32" if device == "cpu" else "tf32"  # torch's, of convolutions
     entries = []
     for job in jobs(device):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from defense.fast.precision import usable
+from defense.fast.precision import runs_bfloat16
 from stages import StageError
 from stages.core.files import minutes
 
@@ -62,7 +62,7 @@ class Hardware:
             "max_chains": self.max_chains,
             "threads": torch.get_num_threads(),
             "engine": engine_name(),
-            "bfloat16": usable("bfloat16", self.device),
+            "bfloat16": "bfloat16" if runs_bfloat16(self.device) else "float32",
             "classifier": self.classifier_precision(),
             "torch": torch.__version__,
         }

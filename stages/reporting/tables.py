@@ -66,7 +66,7 @@ def summary_table(
             cells("bpda_eot", "adversarial"),
             second["adversarial"],
         ),
-        "defense, every attack of the evaluation": (evaluated, EMPTY),
+        "defense, worst case over all attacks": (evaluated, EMPTY),
         f"{trained}, natural images": (cells("pgd_adversarial", "natural"), madry.natural),
         f"{trained}, PGD": (cells("pgd_adversarial", "adversarial"), madry.adversarial),
     }
