@@ -46,7 +46,7 @@ from stages.tools import commands
 
 app = typer.Typer(
     cls=Anywhere,
-    help="Secure a trained image classifier with long-run Langevin sampling, and measure how "
+    help="Defend a trained image classifier with long-run Langevin sampling, and measure how "
     "robust it is. Each stage command is one stage of the workflow that `dvc repro` runs. The "
     "options below belong to every command that can use them, and may stand before or after it.",
     no_args_is_help=True,
@@ -75,7 +75,10 @@ def main(
     verbose: Annotated[
         bool,
         typer.Option(
-            "--verbose", "-v", envvar="STOCHSEC_VERBOSE", help="Say which engine runs, and why."
+            "--verbose",
+            "-v",
+            envvar="STOCHSEC_VERBOSE",
+            help="Print which implementation of the chain runs, and why.",
         ),
     ] = False,
     _version: Annotated[
@@ -130,7 +133,7 @@ def train_classifier(
     images: ImagesFile = None,
     out: Out = None,
 ) -> None:
-    """Train the classifier that is to be secured, or its baseline. Resumes after a kill."""
+    """Train the classifier to be defended, or the adversarially trained baseline. Resumes."""
     with checked(dataset) as params:
         from stages import train_classifier as stage
 
@@ -158,7 +161,8 @@ def train_ebm(
     ],
     images: ImagesFile = None,
     start: Annotated[
-        Path | None, typer.Option(help="State that the adam phase left; default its .state.pt.")
+        Path | None,
+        typer.Option(help="State saved by the adam phase; default its .state.pt."),
     ] = None,
     out: Out = None,
 ) -> None:
@@ -203,8 +207,8 @@ def attack(
         typer.Argument(
             help="pgd (on the bare classifier), pgd_adversarial (on the adversarially trained "
             "one), transfer_K_short or transfer_K (the images of pgd against the defense with "
-            "K_short or K steps), bpda_eot (Algorithm 1), transfer, or a name under "
-            "evaluate.attacks in params.yaml."
+            "K_short or K steps), bpda_eot (Algorithm 1), transfer (as "
+            "transfer_K, on evaluate.images), or a name under evaluate.attacks in params.yaml."
         ),
     ],
     images: ImagesFile = None,
@@ -371,7 +375,7 @@ def inspect(
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option(help="State of its training, with the persistent chains; default beside it."),
+        typer.Option(help="Training state with the persistent chains; default beside the energy."),
     ] = None,
     out: Out = None,
 ) -> None:

@@ -26,7 +26,7 @@ MaxChains = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Chains that advance together (memory); else $STOCHSEC_MAX_CHAINS, else 200 on a "
+        help="Chains that run together (limits memory); else $STOCHSEC_MAX_CHAINS, else 200 on a "
         "CPU and 4096 on a GPU.",
     ),
 ]
@@ -43,8 +43,8 @@ Checkpoint = Annotated[
     Path | None,
     typer.Option(
         dir_okay=False,
-        help="Keep unfinished work in this one file too, to go on with it on another machine; "
-        "read if it is there, written once a minute, deleted when the work is done.",
+        help="Also keep unfinished work in this file, to resume on another machine; "
+        "read if it exists, written once a minute, deleted when the work is done.",
     ),
 ]
 
@@ -106,9 +106,7 @@ class Anywhere(TyperGroup):
 Dataset = Annotated[str, typer.Argument(help="A dataset named under `datasets` in params.yaml.")]
 Resume = Annotated[
     bool,
-    typer.Option(
-        "--resume/--no-resume", help="Go on with what the same command left when it was killed."
-    ),
+    typer.Option("--resume/--no-resume", help="Resume unfinished work of the same command."),
 ]
 Out = Annotated[
     Path | None,

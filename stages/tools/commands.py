@@ -22,7 +22,7 @@ def bench(
     out: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for numbers, table and plot.")
     ] = Path("reports/bench"),
-    rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 7,
+    rounds: Annotated[int, typer.Option(min=2, help="How often everything is timed.")] = 7,
 ) -> None:
     """Time chains, training and attack against a plain torch loop and the machine's limits."""
     with mendable():
@@ -67,7 +67,7 @@ def bench_networks(
         Path,
         typer.Option(file_okay=False, help="Folder for the numbers; the report draws the default."),
     ] = NETWORK_TIMES,
-    rounds: Annotated[int, typer.Option(min=2, help="Timings of everything.")] = 7,
+    rounds: Annotated[int, typer.Option(min=2, help="How often everything is timed.")] = 7,
     batch: Annotated[int, typer.Option(min=1, help="Images that are sampled together.")] = 100,
 ) -> None:
     """Time Langevin steps of the paper's energy against networks of IGEBM's and JEM's size."""
@@ -84,7 +84,7 @@ def run_all(
         typer.Argument(help="Stages of dvc.yaml, in this order, such as ebm_adam; default all."),
     ] = None,
 ) -> None:
-    """Run stages of dvc.yaml whose outs are missing or older than what they read, without DVC.
+    """Run the stages of dvc.yaml whose outputs are missing or older than their inputs, without DVC.
 
     It does not see that parameters or code have changed; `dvc repro` does.
     """
@@ -104,7 +104,7 @@ def cost(
         typer.Option(min=1, help="Image-steps a second, as `stochsec bench` prints, for hours."),
     ] = None,
 ) -> None:
-    """Count what the experiment takes at most, stage by stage, before anybody runs it."""
+    """Estimate an upper limit of the cost of each stage, without running it."""
     with checked() as params:
         from stages.bench.cost import run
 
@@ -141,7 +141,7 @@ def import_results(
 def init(
     folder: Annotated[Path, typer.Argument(file_okay=False, help="A new or an empty folder.")],
 ) -> None:
-    """Lay out an experiment in FOLDER: dvc.yaml, params.yaml, presets. A checkout has them."""
+    """Lay out an experiment in FOLDER: dvc.yaml, params.yaml, presets. A git checkout has them."""
     with mendable():
         from stages.tools.init import run
 
