@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 import pandas as pd
 import pytest
 import torch
-from stages.speed.jobs import TAU, Job, backward_chain, ours, usual, usual_chain
+from stages.bench.jobs import TAU, Job, backward_chain, ours, usual, usual_chain
 from torch.utils.flop_counter import FlopCounterMode
 
 from defense.fast.langevin import FastLangevin
