@@ -8,12 +8,12 @@ from unittest.mock import MagicMock
 import pandas as pd
 import pytest
 import torch
-from stages.bench.jobs import TAU, Job, backward_chain, ours, usual, usual_chain
 from torch.utils.flop_counter import FlopCounterMode
 
 from defense.fast.langevin import FastLangevin
 from defense.langevin import LangevinConfig, langevin
 from stages.bench import jobs, speed
+from stages.bench.jobs import TAU, Job, backward_chain, ours, usual, usual_chain
 from tests.tiny import command
 
 TASKS = ("langevin", "ebm_update", "attack_step", "classifier_step")
