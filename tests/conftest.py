@@ -20,14 +20,15 @@ __all__ = ["digits_model", "experiment", "smooth_digits_model"]
 def bfloat16_is_bfloat16() -> Iterator[None]:
     """On a CPU without kernels for it, too, where the library would compute in float32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("defense.fast.precision.has_bfloat16", lambda: True)
+        patch.setattr("defense.fast.precision.runs_bfloat16", lambda device: True)
         yield
 
 
 @pytest.fixture
 def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without kernels for it."""
-    monkeypatch.setattr("defense.fast.precision.has_bfloat16", lambda: False)
+    for place in ("defense.fast.precision", "stages.core.hardware"):
+        monkeypatch.setattr(f"{place}.runs_bfloat16", lambda device: device.type != "cpu")
     precision._warn.cache_clear()
 
 

@@ -206,11 +206,11 @@ def test_files_that_are_not_ours_are_not_replaced() -> None:
     assert "not a checkpoint file" in fails(
         f"attack digits pgd --no-resume --checkpoint {notes} --out out.safetensors"
     )
-    assert "holds a network" in fails(f"attack digits pgd --classifier {weights} --out {weights}")
+    assert "is a network" in fails(f"attack digits pgd --classifier {weights} --out {weights}")
     assert "no .zip file" in fails(f"export {notes}")
     assert "another ending than .csv" in fails("train-classifier digits --out weights.csv")
     os.mkfifo("pipe")
-    assert "expected a file or nothing" in fails("check-params --out pipe")
+    assert "expected a regular file" in fails("check-params --out pipe")
     assert notes.read_text() == "precious"
     assert weights.read_bytes() == content
 
