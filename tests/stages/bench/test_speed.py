@@ -69,6 +69,7 @@ def result(tmp_path_factory) -> Path:
         patch.setattr(speed, "jobs", lambda device: [small(task) for task in TASKS])
         patch.setattr(speed, "CONVOLUTIONS", ((16, 16),))
         patch.setattr(speed, "PRODUCTS", (256,))
+        patch.setattr(speed, "runs_bfloat16", lambda device: True)
         out = command(f"bench --rounds 2 --device cpu --out {folder} --json {folder}/copy.json")
     assert out.exit_code == 0, out.output
     return folder
