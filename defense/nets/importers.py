@@ -4,7 +4,6 @@ Nothing is unpickled: weights are read by `torch.load(weights_only=True)` or saf
 """
 
 import ast
-import hashlib
 import importlib
 import importlib.util
 import pickle
@@ -239,11 +238,6 @@ def is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def sha256(path: Path) -> str:
-    """Of a file, its first half."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def _some(names: list[str]) -> str:

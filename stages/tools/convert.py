@@ -23,7 +23,6 @@ from defense.nets.importers import (
     build_model,
     is_torchscript,
     load_weights,
-    sha256,
 )
 from defense.pixels import from_bytes
 from stages import StageError
@@ -31,7 +30,7 @@ from stages.core.artifacts import Images, load_images, save_weights
 from stages.core.classifiers import EXPORTED, OURS, load_classifier
 from stages.core.console import say
 from stages.core.energies import load_energy
-from stages.core.files import Whole, readable
+from stages.core.files import Whole, fingerprint, readable
 from stages.core.hardware import Hardware
 from stages.core.params import Params
 from stages.reporting.rows import count
@@ -97,7 +96,7 @@ def checked_copy(model: str, out: Path) -> Iterator[Path]:
 
 def named(weights: Path) -> str:
     """A file, by name and hash."""
-    return f"{weights.name}, sha256 {sha256(weights)}..."
+    return f"{weights.name}, sha256 {fingerprint(weights)}..."
 
 
 def statistics_of(normalize: str) -> Statistics:
