@@ -55,7 +55,7 @@ class ClassifierTrainConfig:
 
 
 def augment(images: Tensor, config: ClassifierTrainConfig, *, generator: Generator) -> Tensor:
-    """A random crop and mirror for each image by itself; (B,C,S,S) pixels -> the same shape."""
+    """A random crop and mirror for each image by itself; (B,C,H,W) pixels -> the same shape."""
     n, _, height, width = images.shape
     device = images.device
     if config.crop:
@@ -92,7 +92,7 @@ class Adversary:
         *,
         generator: Generator,
     ) -> Tensor:
-        """Pixels x (B,C,S,S) in [0, 1], labels y (B,) -> adversarial pixels, the same shape."""
+        """Pixels x (B,C,H,W) in [0, 1], labels y (B,) -> adversarial pixels, the same shape."""
         rule = PGD(self.threat, self.step_255, generator)
         x_adv = rule.start(x)
         for _ in range(self.steps):
@@ -104,7 +104,7 @@ class Adversary:
 
 
 class ClassifierTrainer:
-    """Trains ``classifier`` in place on pixels (M,C,S,S) in [0, 1] and labels (M,) int64.
+    """Trains ``classifier`` in place on pixels (M,C,H,W) in [0, 1] and labels (M,) int64.
 
     All batches have the same size, because a short one would weigh as much in the batch-norm
     statistics. The images left over, different ones in every epoch, are skipped. With an

@@ -52,11 +52,11 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def logits_of(output: Any, count: int) -> Tensor:
-    """The logits (B, classes) in what a classifier returned for B = ``count`` images.
+def logits_in(output: Any) -> Tensor:
+    """The logits in what a classifier returned.
 
     Accepted: a tensor; a tuple or list of exactly one tensor; a mapping with the key "logits", or
-    an object with that attribute. `ValueError` for anything else, and for another shape.
+    an object with that attribute. `ValueError` for anything else.
     """
     found = output
     if isinstance(found, Mapping):
@@ -75,6 +75,12 @@ def logits_of(output: Any, count: int) -> Tensor:
             f"classifier: expected logits (B, classes), or one tensor called logits, got a {kind}; "
             "wrap it in a module that returns the logits"
         )
+    return found
+
+
+def logits_of(output: Any, count: int) -> Tensor:
+    """`logits_in`, for B = ``count`` images; `ValueError` unless they are (B, classes)."""
+    found = logits_in(output)
     if found.ndim != 2 or len(found) != count or not found.is_floating_point():
         raise ValueError(
             f"classifier: expected logits ({count}, classes), floating, for {count} images, got "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from defense.attack import AttackConfig, AttackRecord, run_attack, run_transfer
 from defense.gradient.chain import has_corners
@@ -149,16 +149,17 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
         raise StageError(f"attack: expected one of {params.attacks()}, got {attack!r}")
     inputs = {"images": files.images, "classifier": files.classifier}
     if attack in PGD_ATTACKS:
-        evaluate = attack_classifier(params, dataset, attack, hardware, files.classifier)
+        classifier = load_classifier(params, dataset, hardware, files.classifier)
+        evaluate = attack_classifier(params, dataset, attack, classifier)
         size = params.attack.pgd
-        return Plan(
-            size.restarts * (size.steps + 1), inputs, evaluate, {"training": PGD_ATTACKS[attack]}
-        )
+        said = {"training": PGD_ATTACKS[attack], **described(classifier=classifier)}
+        return Plan(size.restarts * (size.steps + 1), inputs, evaluate, said)
     nets = Nets.load(params, dataset, hardware, classifier=files.classifier, energy=files.energy)
     inputs["energy"] = files.energy
     conditions = params.conditions(attack)
     steps, replicas = int(str(conditions["K"])), int(str(conditions["H_def"]))
-    defense = {
+    defense: dict[str, object] = {
+        **described(classifier=nets.classifier, energy=nets.energy),
         "energy": energy_name(files.energy),
         "activation": nets.energy.architecture["activation"],
         "cost": round(nets.cost(steps, replicas), 1),
@@ -177,11 +178,14 @@ def make_plan(params: Params, dataset: str, attack: str, hardware: Hardware, fil
     return Plan(1, inputs, judge, defense)
 
 
-def attack_classifier(
-    params: Params, dataset: str, attack: str, hardware: Hardware, weights: Path
-) -> Evaluate:
+def described(**networks: nn.Module) -> dict[str, object]:
+    """What converted networks say they were made of."""
+    said = {f"{role}_made_of": getattr(net, "about", {}) for role, net in networks.items()}
+    return {name: about for name, about in said.items() if about}
+
+
+def attack_classifier(params: Params, dataset: str, attack: str, classifier: nn.Module) -> Evaluate:
     """PGD on the bare classifier: surrogate and target are one deterministic network."""
-    classifier = load_classifier(params, dataset, hardware, weights)
     size = params.attack.pgd
     # Every image goes through all steps: transferred images should be as strong as they can be.
     config = attack_config(

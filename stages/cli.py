@@ -42,6 +42,7 @@ from stages.core.options import (
     place,
 )
 from stages.core.params import EVALUATED, MODELS, PGD_ATTACKS, TABLE_ATTACKS
+from stages.custom import commands as custom
 from stages.tools import commands
 
 app = typer.Typer(
@@ -448,4 +449,5 @@ def publish(
         stage.run(params, out or pretrained(params.run))
 
 
+app.add_typer(custom.app)
 app.add_typer(commands.app)

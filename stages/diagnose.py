@@ -76,7 +76,7 @@ def logits(nets: Nets, data: Images) -> dict[str, Tensor]:
 def idea(nets: Nets, data: Images, adversarial: Tensor) -> dict[str, Tensor]:
     """Data of Figure 1: a PGD image that fools the classifier, H_adv chains from it, their logits.
 
-    It is the image among ``adversarial`` (B,C,S,S) on which the defense is most certain.
+    It is the image among ``adversarial`` (B,C,H,W) on which the defense is most certain.
     """
     params, device, batch = nets.params, nets.hardware.device, nets.hardware.max_chains
     langevin, tau = params.langevin, params.dataset(nets.dataset).tau

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.energy import ConvEnergy
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from defense.studies.diagnostics import states_at
@@ -21,7 +20,7 @@ from stages import StageError
 from stages.core.artifacts import load_images, save_tensors
 from stages.core.classifiers import load_classifier
 from stages.core.console import Track, say
-from stages.core.energies import load_energy, pixels_shown
+from stages.core.energies import Energy, load_energy, pixels_shown
 from stages.core.engine import choose_chain
 from stages.core.files import fingerprint
 from stages.core.hardware import Hardware
@@ -111,13 +110,13 @@ def along(
     params: Params,
     dataset: str,
     hardware: Hardware,
-    network: ConvEnergy,
+    network: Energy,
     model: str,
     train: Tensor,
     features: FeatureFn,
     there: Tensor,
 ) -> dict[str, Tensor]:
-    """Frechet distances (K,) of chains from pixels ``train`` (M,C,S,S) to features ``there``."""
+    """Frechet distances (K,) of chains from pixels ``train`` (M,C,H,W) to features ``there``."""
     steps = params.fid.K
     states = states_at(
         network,

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from defense.bank import CompactBank, NoisyImages
-from defense.energy import ConvEnergy
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from defense.studies.diagnostics import energies, states_at
 from stages import StageError
 from stages.core.artifacts import load_images, load_state, save_tensors
 from stages.core.console import Track, say
-from stages.core.energies import load_energy
+from stages.core.energies import Energy, load_energy
 from stages.core.engine import choose_chain
 from stages.core.hardware import Hardware
 from stages.core.levels import level_changes_of
@@ -94,16 +93,16 @@ def run(
 
 
 def changes(
-    params: Params, dataset: str, hardware: Hardware, network: ConvEnergy, who: str, x: Tensor
+    params: Params, dataset: str, hardware: Hardware, network: Energy, who: str, x: Tensor
 ) -> dict[str, Tensor]:
-    """Change of mean U along chains from images x (N,C,S,S) plus noise: (G,) in nats."""
+    """Change of mean U along chains from images x (N,C,H,W) plus noise: (G,) in nats."""
     return {f"{who}/changes": level_changes_of(params, dataset, hardware, network, x, who)}
 
 
 def persistent(
     saved: dict[str, Any], state: Path, hardware: Hardware, shape: tuple[int, ...]
 ) -> Tensor:
-    """The states of the persistent chains at the end of training, (M,C,S,S) in net range."""
+    """The states of the persistent chains at the end of training, (M,C,H,W) in net range."""
     try:
         bank = CompactBank.from_state_dict(saved["bank"])
         states = bank.read(torch.arange(min(LEVELS, len(bank)), device=hardware.device))
@@ -131,7 +130,7 @@ def follow(
     params: Params,
     dataset: str,
     hardware: Hardware,
-    network: ConvEnergy,
+    network: Energy,
     start: str,
     x: Tensor,
 ) -> dict[str, Tensor]:

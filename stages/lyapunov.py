@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defense.energy import ConvEnergy
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
 from defense.studies.lyapunov import lyapunov_exponents
 from stages.core.artifacts import load_images, save_tensors
 from stages.core.console import Track, say
-from stages.core.energies import load_energy
+from stages.core.energies import Energy, load_energy
 from stages.core.engine import choose_chain
 from stages.core.hardware import Hardware
 from stages.core.params import EVALUATED, Params
@@ -72,12 +71,12 @@ def at(
     params: Params,
     dataset: str,
     hardware: Hardware,
-    network: ConvEnergy,
+    network: Energy,
     eta: float,
     separation: float,
     x: Tensor,
 ) -> dict[str, Tensor]:
-    """Exponents (n,) of chains from x (n,C,S,S) with noise of strength eta, and where they end.
+    """Exponents (n,) of chains from x (n,C,H,W) with noise of strength eta, and where they end.
 
     In float32 always: the rounding of a lower precision would pass for chaos.
     """

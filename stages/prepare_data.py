@@ -169,7 +169,7 @@ def read_folder(root: Path, section: Dataset) -> tuple[Tensor, Tensor, str]:
     animated, deep = list[Path](), list[int]()
     with Track(f"read {root}", len(files), unit="files") as track:
         for path, label in files:
-            picture = read_picture(path, section, animated, deep)
+            picture = read_picture(path, section.shape.image, animated, deep)
             if picture is None:
                 left_out.append(path)
             else:
@@ -226,35 +226,53 @@ def everything(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_picture(
-    path: Path, section: Dataset, animated: list[Path], deep: list[int]
-) -> np.ndarray[Any, Any] | None:
-    """Read an image file, rotated by its EXIF tag, as uint8 (C,S,S); None if it is no image.
+def is_picture(path: Path) -> bool:
+    """Whether a file has the suffix of an image that Pillow reads."""
+    Image.init()
+    return path.suffix.lower() in Image.registered_extensions()
 
-    16 bits per value are scaled to 8. `StageError` for an unreadable file with the suffix of an
-    image, another size, transparent pixels, and values that are floats or outside 0..65535. Files
-    of several frames are appended to ``animated``, the largest value of 16-bit files to ``deep``.
+
+def size_of(path: Path) -> tuple[int, int, int]:
+    """(channels, height, width) of an image file, as `read_picture` would read it."""
+    try:
+        with Image.open(path) as image:
+            picture = ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged or hostile file raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise StageError(f"{path}: cannot be read as an image ({reason})") from None
+    gray = picture.mode in ("1", "L", "F") or picture.mode.startswith("I")
+    return 1 if gray else 3, picture.height, picture.width
+
+
+def read_picture(
+    path: Path, shape: tuple[int, int, int], animated: list[Path], deep: list[int]
+) -> np.ndarray[Any, Any] | None:
+    """Read an image file, rotated by its EXIF tag, as uint8 (C,H,W); None if it is no image.
+
+    ``shape`` is (C,H,W). 16 bits per value are scaled to 8. `StageError` for an unreadable file
+    with the suffix of an image, another size, transparent pixels, and values that are floats or
+    outside 0..65535. Files of several frames are appended to ``animated``, the largest value of
+    16-bit files to ``deep``.
     """
     if path.exists() and not path.is_file():
         return None
     try:
-        pixels = opened(path, section, animated, deep)
+        pixels = opened(path, shape, animated, deep)
     except StageError:
         raise
     except Exception as error:  # a damaged or hostile file raises many kinds
-        Image.init()
-        if path.suffix.lower() in Image.registered_extensions():
+        if is_picture(path):
             reason = " ".join(str(error).split())[:200]
             raise StageError(f"{path}: cannot be read as an image ({reason})") from None
         return None
-    size = (section.shape.image_size, section.shape.image_size)
-    if pixels.shape[:2] != size:
-        raise StageError(f"{path}: expected {size} pixels, got {pixels.shape[:2]}")
-    return pixels.reshape(*size, section.shape.channels).transpose(2, 0, 1)
+    channels, *size = shape
+    if list(pixels.shape[:2]) != size:
+        raise StageError(f"{path}: expected {tuple(size)} pixels, got {pixels.shape[:2]}")
+    return pixels.reshape(*size, channels).transpose(2, 0, 1)
 
 
 def opened(
-    path: Path, section: Dataset, animated: list[Path], deep: list[int]
+    path: Path, shape: tuple[int, int, int], animated: list[Path], deep: list[int]
 ) -> np.ndarray[Any, Any]:
     """What `read_picture` reads, of any size: uint8 (H,W) or (H,W,3)."""
     with Image.open(path) as image:
@@ -278,7 +296,7 @@ def opened(
             )
         deep.append(int(values.max()))
         picture = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
-    return np.asarray(picture.convert("RGB" if section.shape.channels == 3 else "L"))
+    return np.asarray(picture.convert("RGB" if shape[0] == 3 else "L"))
 
 
 def told(what: str, paths: list[Path]) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import yaml
 
 from defense.energy import ConvEnergy, count_parameters
-from defense.nets.pretrained import load_classifier
+from defense.nets.pretrained import load_classifier, load_energy
+from defense.pixels import from_bytes
 from stages import StageError
 from stages.core import presets
-from stages.core.artifacts import about_of, load_tensors
+from stages.core.artifacts import about_of, load_images, load_tensors
 from stages.core.console import say
 from stages.core.files import (
+    PUBLISHED_INDEX,
     Paths,
     Whole,
     classifier_name,
@@ -23,6 +25,7 @@ from stages.core.files import (
     refuse_foreign,
     write_text,
 )
+from stages.core.levels import LEVEL_IMAGES, level_of
 from stages.core.params import INSPECTED, PGD_ATTACKS, SMOOTH, TRAININGS, Params, validate_params
 from stages.core.records import AttackResult, check_networks
 from stages.report import judged, study
@@ -30,7 +33,7 @@ from stages.reporting import pictures, rows, style
 from stages.reporting.findings import convergence
 from stages.reporting.provenance import import_of, is_imported
 
-INDEX = "index.json"  # what each file says of itself
+INDEX = PUBLISHED_INDEX  # what each file says of itself, and of the images and chains it is for
 
 HOW_TO_LOAD = """\
 ```python
@@ -64,7 +67,8 @@ def run(params: Params, out: Path) -> None:
                 if paths.model(f"ebm_{phase}").exists():
                     name = f"{dataset}_{phase}"
                     sections[name] = energy_card(params, paths, phase, fresh, out)
-                    index[name] = about_of(paths.model(f"ebm_{phase}"))
+                    weights = paths.model(f"ebm_{phase}")
+                    index[name] = {**about_of(weights), **measured_with(params, paths, weights)}
             for training in TRAININGS:
                 if paths.classifier(training).exists():
                     name = f"{dataset}_{classifier_name(training)}"
@@ -79,6 +83,19 @@ def run(params: Params, out: Path) -> None:
             with Whole(out / path.name) as partial:
                 shutil.copyfile(path, partial)
     say(f"publish: {out} ({readable(out)})")
+
+
+def measured_with(params: Params, paths: Paths, weights: Path) -> dict[str, Any]:
+    """The chain that an energy's numbers are of, and the level of its training images.
+
+    The level, mean and standard deviation of U, is left out where the images are not here.
+    """
+    chain = {"K": params.langevin.K, "denoise": params.langevin.denoise}
+    if not paths.images.exists():
+        return chain
+    energy, tau = load_energy(weights)
+    training = load_images(paths.images, "train", params.dataset(paths.dataset)).images
+    return {**chain, "level": level_of(energy, from_bytes(training[:LEVEL_IMAGES]), tau)}
 
 
 def published_before(out: Path) -> tuple[dict[str, Any], dict[str, str]]:

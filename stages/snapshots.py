@@ -22,7 +22,7 @@ from stages.core.params import Params
 from stages.core.resume import Scratch
 
 Moment = tuple[ConvEnergy, Tensor]
-"""The energy and the training's own chains (n,C,S,S), as they were after some batch."""
+"""The energy and the training's own chains (n,C,H,W), as they were after some batch."""
 
 
 def run(
@@ -83,7 +83,7 @@ def read(
 def go_on(
     params: Params, dataset: str, purpose: str, moment: Moment, hardware: Hardware
 ) -> dict[str, Tensor]:
-    """Chains (n,C,S,S) before and after the long run, and the change of U (n,) in nats."""
+    """Chains (n,C,H,W) before and after the long run, and the change of U (n,) in nats."""
     energy, short = moment
     tau, steps = params.dataset(dataset).tau, params.snapshots.long_steps
     chain = choose_chain(energy, steps, params.langevin.precision, hardware)

@@ -152,7 +152,7 @@ def snapshot_batches(total: int, count: int) -> set[int]:
 
 
 def snapshot(trainer: EBMTrainer) -> dict[str, Tensor]:
-    """Weights and the first persistent chains (n,C,S,S) as they are, named after the batch."""
+    """Weights and the first persistent chains (n,C,H,W) as they are, named after the batch."""
     slots = torch.arange(min(SAMPLES, len(trainer.bank)), device=trainer.data.images.device)
     kept = {"chains": trainer.bank.read(slots)}
     kept |= {f"energy/{name}": value for name, value in trainer.trained.state_dict().items()}

@@ -11,12 +11,15 @@ from defense.langevin import ChainLog, LangevinConfig
 
 TWENTY = LangevinConfig(steps=20, tau=0.01)
 
-# Every way through the network: one matrix, 2x2 blocks (8 channels), the library, odd sides.
+# Every way through the network: one matrix, 2x2 blocks (8 channels), the library, odd sides,
+# images that are not square.
 SHAPES = {
     "digits": {"image_size": 8, "channels": 1, "width": 8},
     "paper": {"image_size": 32, "channels": 3, "width": 16},
     "odd": {"image_size": 15, "channels": 2, "width": 8},
     "none_strided": {"image_size": 4, "channels": 3, "width": 8},
+    "oblong": {"image_size": (64, 48), "channels": 3, "width": 8},
+    "odd_oblong": {"image_size": (20, 15), "channels": 1, "width": 8},
 }
 
 
@@ -31,9 +34,9 @@ def make_energy(shape: str = "digits", activation: str = "leaky_relu", seed: int
 
 
 def make_images(shape: str = "digits", count: int = 7) -> Tensor:
-    size, channels = SHAPES[shape]["image_size"], SHAPES[shape]["channels"]
+    energy_shape = make_energy(shape).shape
     generator = Generator().manual_seed(2)
-    return torch.rand(count, channels, size, size, generator=generator) * 2 - 1
+    return torch.rand(count, *energy_shape, generator=generator) * 2 - 1
 
 
 def seeded() -> Generator:

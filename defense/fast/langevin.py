@@ -41,10 +41,10 @@ def bytes_per_image(energy: ConvEnergy, precision: Precision) -> int:
     Not counted are state, noise and gradient of the chain: three float32 images for every image of
     the whole batch.
     """
-    side, sizes = energy.shape[1], list[int]()
+    (_, height, width), sizes = energy.shape, list[int]()
     for conv in cast(list[nn.Conv2d], energy.layers[:-1:2]):
-        side = side // conv.stride[0]
-        sizes.append(conv.out_channels * side**2)
+        height, width = height // conv.stride[0], width // conv.stride[0]
+        sizes.append(conv.out_channels * height * width)
     return (sum(sizes) + 5 * max(sizes)) * (2 if precision == "bfloat16" else 4)
 
 
@@ -166,7 +166,8 @@ def images_at_once(energy: ConvEnergy, precision: Precision, device: torch.devic
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return max(1, int(SHARE_OF_FREE_MEMORY * free) // bytes_per_image(energy, precision))
-    widest = cast(nn.Conv2d, energy.layers[0]).out_channels * energy.shape[1] ** 2
+    _, height, width = energy.shape
+    widest = cast(nn.Conv2d, energy.layers[0]).out_channels * height * width
     return torch.get_num_threads() * max(SMALLEST_SHARE, CACHED_VALUES // widest)
 
 
@@ -198,7 +199,7 @@ class FastLangevin:
         log: ChainLog | None = None,
         states: list[Tensor] | None = None,
     ) -> Tensor:
-        """K steps from x, (N,C,S,S) float32 in net range -> the same shape; see `langevin`."""
+        """K steps from x, (N,C,H,W) float32 in net range -> the same shape; see `langevin`."""
         if not isinstance(energy, ConvEnergy):
             raise ValueError(f"energy: expected a ConvEnergy, got {type(energy).__name__}")
         energy.check(x)

@@ -33,15 +33,15 @@ def linear(weight: Tensor, bias: Tensor | None) -> Map:
 
 
 def convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[int]) -> Map:
-    """(N,in,S,S) -> (N,out,T,T) with padding 1; ``inputs`` is the typical input shape."""
+    """(N,in,H,W) -> (N,out,T,U) with padding 1; ``inputs`` is the typical input shape."""
     weight = weight.contiguous(memory_format=torch.channels_last)
     if lays_out(weight):
         return _convolution(weight, bias, stride, inputs)
     return lambda x: F.conv2d(x, weight, bias, stride, 1)
 
 
-def transposed_convolution(weight: Tensor, rest: int, inputs: list[int]) -> Map:
-    """(N,in,T,T) -> (N,out,S,S), S = 2 T + ``rest``, with a 4x4 kernel, stride 2 and padding 1.
+def transposed_convolution(weight: Tensor, rest: list[int], inputs: list[int]) -> Map:
+    """(N,in,T,U) -> (N,out,H,W), H = 2 T + ``rest[0]``, with a 4x4 kernel, stride 2 and padding 1.
 
     ``rest`` is the output padding, ``weight`` is (in,out,4,4), ``inputs`` the typical input shape.
     """
@@ -64,9 +64,9 @@ def _convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[
     return lambda x: ops._convolution_pointwise(x, laid_out, bias, *shape, *NO_ACTIVATION)
 
 
-def _transposed_convolution(weight: Tensor, rest: int, inputs: list[int]) -> Map:
+def _transposed_convolution(weight: Tensor, rest: list[int], inputs: list[int]) -> Map:
     ops = torch.ops.mkldnn
-    shape: tuple[Any, ...] = ([1, 1], [rest] * 2, [2, 2], [1, 1], 1)
+    shape: tuple[Any, ...] = ([1, 1], rest, [2, 2], [1, 1], 1)
     laid_out = ops._reorder_convolution_transpose_weight(weight.contiguous(), *shape, inputs)
     return lambda g: ops._convolution_transpose_pointwise(g, laid_out, None, *shape, *NO_ACTIVATION)
 
@@ -101,7 +101,7 @@ def _can_be_trusted(dtype: torch.dtype) -> bool:
             (_linear(matrix, bias)(rows), F.linear(rows, matrix, bias)),
             (_convolution(weight, bias, 2, [*x.shape])(x), F.conv2d(x, weight, bias, 2, 1)),
             (
-                _transposed_convolution(weight, 1, [*x.shape])(x),
+                _transposed_convolution(weight, [1, 1], [*x.shape])(x),
                 F.conv_transpose2d(x, weight, None, 2, 1, 1),
             ),
         ]

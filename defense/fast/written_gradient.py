@@ -2,7 +2,7 @@
 
 The forward pass keeps what each activation's derivative needs. It never runs the last convolution,
 whose input gradient is its weight. The backward pass is a chain of transposed convolutions.
-Activations are (N,S,S,C) inside, channels last. On a CPU weights are prepacked for oneDNN once per
+Activations are (N,H,W,C) inside, channels last. On a CPU weights are prepacked for oneDNN once per
 gradient function, and slow layers are rewritten as faster ones.
 """
 
@@ -56,7 +56,7 @@ def slope_of(activation: nn.Module) -> Slope:
 
 
 def _convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[int]) -> Map:
-    """(N,S,S,in) -> (N,T,T,out) with padding 1; ``inputs`` is the typical shape (N,in,S,S)."""
+    """(N,H,W,in) -> (N,T,U,out) with padding 1; ``inputs`` is the typical shape (N,in,H,W)."""
     convolve = convolution(weight, bias, stride, inputs)
     return lambda h: convolve(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
@@ -64,75 +64,75 @@ def _convolution(weight: Tensor, bias: Tensor | None, stride: int, inputs: list[
 def _first_layer(
     conv: nn.Conv2d, inputs: list[int], dtype: torch.dtype, steps: int
 ) -> tuple[Map, Map]:
-    """The 3x3 convolution and its transpose, images (N,C,S,S) -> (N,S,S,width) and back.
+    """The 3x3 convolution and its transpose, images (N,C,H,W) -> (N,H,W,width) and back.
 
-    For many steps on tiny images the whole layer becomes one dense matrix. Otherwise, if S is even,
-    the transpose is a 4x4 convolution of stride 2 to 4C channels, one 2x2 block of pixels for each
-    position, because convolutions to few channels are slow.
+    For many steps on tiny images the whole layer becomes one dense matrix. Otherwise, if H and W
+    are even, the transpose is a 4x4 convolution of stride 2 to 4C channels, one 2x2 block of pixels
+    for each position, because convolutions to few channels are slow.
     """
     weight, bias = conv.weight.detach(), cast(Tensor, conv.bias).detach().to(dtype)
-    _, c, s, _ = inputs
+    _, c, h, w = inputs
     width = conv.out_channels
-    if steps >= MATRIX_STEPS and c * s * s <= 64 and not weight.is_cuda:
-        pixels = torch.eye(c * s * s).view(-1, c, s, s)
+    if steps >= MATRIX_STEPS and c * h * w <= 64 and not weight.is_cuda:
+        pixels = torch.eye(c * h * w).view(-1, c, h, w)
         matrix = F.conv2d(pixels, weight, None, 1, 1).permute(0, 2, 3, 1).flatten(1).to(dtype)
-        rows, columns = linear(matrix.t(), bias.repeat(s * s)), linear(matrix, None)
+        rows, columns = linear(matrix.t(), bias.repeat(h * w)), linear(matrix, None)
         return (
-            lambda x: rows(x.flatten(1)).view(-1, s, s, width),
-            lambda g: columns(g.flatten(1)).view(-1, c, s, s),
+            lambda x: rows(x.flatten(1)).view(-1, h, w, width),
+            lambda g: columns(g.flatten(1)).view(-1, c, h, w),
         )
     forward = _convolution(weight.to(dtype), bias, 1, inputs)
     flipped = weight.flip(2, 3).transpose(0, 1).to(dtype)
-    if s % 2:
-        back = _convolution(flipped, None, 1, [inputs[0], width, s, s])
+    if h % 2 or w % 2:
+        back = _convolution(flipped, None, 1, [inputs[0], width, h, w])
         return lambda x: forward(x.permute(0, 2, 3, 1)), lambda g: back(g).permute(0, 3, 1, 2)
     blocks = flipped.new_zeros(c, 2, 2, width, 4, 4)
     for a in range(2):
         for b in range(2):
             blocks[:, a, b, :, a : a + 3, b : b + 3] = flipped
-    back = _convolution(blocks.view(4 * c, width, 4, 4), None, 2, [inputs[0], width, s, s])
+    back = _convolution(blocks.view(4 * c, width, 4, 4), None, 2, [inputs[0], width, h, w])
     return (
         lambda x: forward(x.permute(0, 2, 3, 1)),
         lambda g: F.pixel_shuffle(back(g).permute(0, 3, 1, 2), 2),
     )
 
 
-def _by_blocks(weight: Tensor, parts: int, t: int) -> Map:
+def _by_blocks(weight: Tensor, parts: int, t: int, u: int) -> Map:
     """The transpose as a 2x2 convolution to blocks of 2x2 pixels: see `_transposed`.
 
-    It computes the rows and columns -1 to 2T of the image; the caller crops.
+    It computes the rows -1 to 2T and the columns -1 to 2U of the image; the caller crops.
     """
     k, c = weight.shape[:2]
     # Row a of block i is image row 2i - 1 + a. There g[i - 1 + u] meets kernel row 2(1 - u) + a.
     taps = weight.reshape(k, c, 2, 2, 2, 2).flip(2, 4)
     taps = taps.permute(3, 5, 1, 0, 2, 4).reshape(4 * c, k, 2, 2)
-    blocks = _convolution(taps, None, 1, [parts, k, t, t])
+    blocks = _convolution(taps, None, 1, [parts, k, t, u])
 
     def whole(g: Tensor) -> Tensor:
-        pixels = blocks(g).view(-1, t + 1, t + 1, 2, 2, c).transpose(2, 3)
-        return pixels.reshape(-1, 2 * t + 2, 2 * t + 2, c)
+        pixels = blocks(g).view(-1, t + 1, u + 1, 2, 2, c).transpose(2, 3)
+        return pixels.reshape(-1, 2 * t + 2, 2 * u + 2, c)
 
     return whole
 
 
-def _transposed(weight: Tensor, parts: int, s: int) -> Map:
-    """The transpose of a 4x4 convolution of stride 2, (N,T,T,K) -> (N,S,S,C), T = S // 2.
+def _transposed(weight: Tensor, parts: int, h: int, w: int) -> Map:
+    """The transpose of a 4x4 convolution of stride 2, (N,T,U,K) -> (N,H,W,C), T = H // 2.
 
     On a CPU oneDNN's kernel is slow if the channels of a pixel fit into one vector register.
     """
     k, c = weight.shape[:2]
-    t = s // 2
+    t, u = h // 2, w // 2
     if lays_out(weight) and c * weight.element_size() <= VECTOR_BYTES:
-        whole = _by_blocks(weight, parts, t)
-        return lambda g: whole(g)[:, 1 : s + 1, 1 : s + 1]
-    transpose = transposed_convolution(weight, s - 2 * t, [parts, k, t, t])
+        whole = _by_blocks(weight, parts, t, u)
+        return lambda g: whole(g)[:, 1 : h + 1, 1 : w + 1]
+    transpose = transposed_convolution(weight, [h - 2 * t, w - 2 * u], [parts, k, t, u])
     return lambda g: transpose(g.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class WrittenGradient:
     """df/dx of a `ConvEnergy` with the weights that it has now, computed in ``dtype``.
 
-    ``inputs`` is the largest input shape (N,C,S,S). ``steps`` is the number of calls to expect,
+    ``inputs`` is the largest input shape (N,C,H,W). ``steps`` is the number of calls to expect,
     which decides what is worth preparing.
     """
 
@@ -143,13 +143,13 @@ class WrittenGradient:
         self.dtype = dtype
         self.slope = slope_of(activation)
         self.layers = [_first_layer(cast(nn.Conv2d, first), inputs, dtype, steps)]
-        parts, _, s, _ = inputs
+        parts, _, height, width = inputs
         for conv in cast(list[nn.Conv2d], rest[:-1:2]):
             weight = conv.weight.detach().to(dtype)
             bias = cast(Tensor, conv.bias).detach().to(dtype)
-            forward = _convolution(weight, bias, 2, [parts, conv.in_channels, s, s])
-            self.layers.append((forward, _transposed(weight, parts, s)))
-            s //= 2
+            forward = _convolution(weight, bias, 2, [parts, conv.in_channels, height, width])
+            self.layers.append((forward, _transposed(weight, parts, height, width)))
+            height, width = height // 2, width // 2
         last = cast(nn.Conv2d, rest[-1])
         self.last_bias = cast(Tensor, last.bias).detach()
         weight = last.weight.detach().permute(0, 2, 3, 1)
@@ -158,7 +158,7 @@ class WrittenGradient:
         self.last = weight.to(dtype).expand(parts, -1, -1, -1).contiguous()
 
     def __call__(self, x: Tensor, energies: Tensor | None = None) -> Tensor:
-        """df/dx at x (N,C,S,S) float32, the same kind; f goes into ``energies`` (N,) if given."""
+        """df/dx at x (N,C,H,W) float32, the same kind; f goes into ``energies`` (N,) if given."""
         kept = [self.layers[0][0](x.to(self.dtype))]
         for forward, _ in self.layers[1:]:
             kept.append(forward(self.slope.forward(kept[-1])))

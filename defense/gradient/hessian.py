@@ -2,7 +2,7 @@
 
 `defense.gradient.chain.hessian_product` is the plain reference for any energy, by double backward.
 Here image and direction go through the same convolutions side by side, forward and backward, at
-twice the cost of a gradient. Activations are (N,S,S,C) inside, as in `WrittenGradient`.
+twice the cost of a gradient. Activations are (N,H,W,C) inside, as in `WrittenGradient`.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def bend_of(activation: nn.Module) -> Bend | None:
 class WrittenHessian(WrittenGradient):
     """H(x) v of a `ConvEnergy` with the weights that it has now, computed in ``precision``.
 
-    ``like`` is an example batch (N,C,S,S) of the largest size to come; ``times`` is the number of
+    ``like`` is an example batch (N,C,H,W) of the largest size to come; ``times`` is the number of
     calls to expect. The images go through the network in pieces, as in the chain.
     """
 
@@ -74,7 +74,7 @@ class WrittenHessian(WrittenGradient):
 
     @torch.no_grad()
     def product(self, x: Tensor, v: Tensor) -> Tensor:
-        """H(x) v: x, v (N,C,S,S) float32 -> the same kind."""
+        """H(x) v: x, v (N,C,H,W) float32 -> the same kind."""
         if self.bend is None:
             return torch.zeros_like(v)
         parts = zip(x.split(self.most), v.split(self.most), strict=True)

@@ -1,4 +1,4 @@
-"""Other people's classifiers: built from an import path, with weights from any file of tensors.
+"""Other people's networks: built from an import path, with weights from any file of tensors.
 
 Nothing is unpickled: weights are read by `torch.load(weights_only=True)` or safetensors.
 """
@@ -9,7 +9,6 @@ import importlib.util
 import pickle
 import re
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from defense.inference import logits_in
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of pixels in [0, 1], one value or one a channel."""
@@ -66,9 +67,9 @@ class Preprocessed(nn.Module):
 
 
 class Logits(nn.Module):
-    """A network whose output is reduced to its logits, as `defense.inference.logits_of` does.
+    """A network whose output is reduced to its logits (`defense.inference.logits_in`).
 
-    It does not check their number, which would fix the size of a batch in `torch.export`.
+    Their number is not checked, which would fix the size of a batch in `torch.export`.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -77,13 +78,20 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B,C,H,W) -> logits (B, classes)."""
-        output = self.network(x)
-        if isinstance(output, Mapping):
-            output = output["logits"]
-        elif not isinstance(output, Tensor):
-            output = getattr(output, "logits", output)
-        logits: Tensor = output[0] if isinstance(output, tuple | list) else output
-        return logits
+        return logits_in(self.network(x))
+
+
+class Energies(nn.Module):
+    """An energy whose output, (N,) or (N,1), becomes (N,)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N,C,H,W) in net range -> energies (N,)."""
+        found: Tensor = self.network(x)
+        return found.flatten()
 
 
 def build_model(source: str) -> nn.Module:
@@ -230,14 +238,6 @@ def _renamed(weights: dict[str, Tensor], expected: Any) -> dict[str, Tensor]:
     ways = [(old, new) for old in prefixes(weights) for new in prefixes(expected)]
     best = max(ways, key=lambda way: len(renamed(*way).keys() & set(expected)), default=("", ""))
     return renamed(*best)
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is a program of TorchScript."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _some(names: list[str]) -> str:

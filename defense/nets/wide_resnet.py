@@ -26,7 +26,7 @@ class _Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Images (B,C,S,S) in [0, 1] -> logits (B, classes).
+    """Images (B,C,H,W) in [0, 1] -> logits (B, classes).
 
     ``depth`` = 6 n + 4 and ``width`` as in WRN-depth-width; WRN-28-10 is the paper's. It scales its
     input to [-1, 1]. This is the authors' variant: convolutions have biases, weights are

@@ -67,7 +67,7 @@ class Job:
         return net.to(self.device)
 
     def pixels(self, count: int) -> Tensor:
-        """Noise images (count,C,S,S) in [0, 1]."""
+        """Noise images (count,C,H,W) in [0, 1]."""
         shape = (count, self.channels, self.side, self.side)
         return torch.rand(shape, device=self.device)
 

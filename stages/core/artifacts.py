@@ -29,7 +29,7 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZip
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 images (N,C,S,S), labels (N,) int64 and their positions ``index`` (N,) in the source.
+    """uint8 images (N,C,H,W), labels (N,) int64 and their positions ``index`` (N,) in the source.
 
     If the source is not embedded, positions count in its images sorted by the hash of their pixels.
     """
@@ -77,7 +77,7 @@ def check(images: Tensor, labels: Tensor, section: Dataset, origin: str) -> None
 
 
 def save_images(path: Path, parts: Mapping[str, Images]) -> None:
-    """The splits (train, test and perhaps held_out) in one .npz of uint8 (N,C,S,S) arrays."""
+    """The splits (train, test and perhaps held_out) in one .npz of uint8 (N,C,H,W) arrays."""
     arrays = {
         f"{split}_{field.name}": getattr(part, field.name).numpy()
         for split, part in parts.items()

@@ -12,7 +12,7 @@ from torch import nn
 from defense.attack import AttackConfig
 from defense.energy import ConvEnergy
 from defense.eot import EOTDefense
-from defense.gradient.chain import GradientMode
+from defense.gradient.chain import GradientMode, MakeProduct, autograd_product
 from defense.gradient.hessian import written_product
 from defense.inference import flops
 from defense.langevin import Chain, LangevinConfig
@@ -20,7 +20,7 @@ from defense.threat import ThreatModel
 from defense.verdict import Sequential
 from stages import StageError
 from stages.core.classifiers import load_classifier
-from stages.core.energies import load_energy
+from stages.core.energies import Energy, load_energy
 from stages.core.engine import choose_chain
 from stages.core.hardware import Hardware
 from stages.core.params import NamedAttack, Params
@@ -37,7 +37,7 @@ class Nets:
     dataset: str
     hardware: Hardware
     classifier: nn.Module
-    energy: ConvEnergy
+    energy: Energy
     counted: Callable[[Chain], Chain] = lambda chain: chain
 
     @classmethod
@@ -70,6 +70,12 @@ class Nets:
         precision = self.params.langevin.precision
         return self.counted(choose_chain(self.energy, steps, precision, self.hardware))
 
+    def product(self) -> MakeProduct:
+        """What makes the Hessian products of gradients through the chain."""
+        if not isinstance(self.energy, ConvEnergy):
+            return autograd_product
+        return partial(written_product, precision=self.params.langevin.precision)
+
     def cost(self, steps: int, replicas: int) -> float:
         """Operations of one defended prediction, relative to one forward pass of the classifier."""
         data = self.params.dataset(self.dataset)
@@ -94,7 +100,7 @@ class Nets:
             chain=self.chain(steps),
             gradient=gradient,
             softness=self.params.evaluate.softness,
-            product=partial(written_product, precision=self.params.langevin.precision),
+            product=self.product(),
         )
 
 

@@ -1,12 +1,12 @@
 """Load the classifier of a dataset: one that `train-classifier` wrote, or any exported network."""
 
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from defense.inference import freeze, logits_of
+from defense.nets.programs import EXPORTED, SCRIPTED, Program, load_program
 from defense.nets.wide_resnet import WideResNet
 from defense.rng import make_generator
 from defense.verdict import differ
@@ -16,7 +16,8 @@ from stages.core.files import require
 from stages.core.hardware import Hardware
 from stages.core.params import Params
 
-EXPORTED, OURS = ".pt2", ".safetensors"
+OURS = ".safetensors"
+CONVERT = "`stochsec convert` makes one of any network, from its code and its weights"
 TRIED = 4  # images that a classifier is tried on
 
 
@@ -32,19 +33,23 @@ def new_classifier(params: Params, dataset: str) -> WideResNet:
 def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path) -> nn.Module:
     """A trained classifier, frozen, on the device, that fits the dataset.
 
-    A .safetensors file of `train-classifier` states its architecture. A .pt2 file holds any network
-    written by `torch.export`, for batches of any size, from pixels in [0, 1] to logits.
+    A .safetensors file of `train-classifier` states its architecture. A .pt2 file of torch.export
+    or a .pt file of TorchScript holds any network, for batches of any size, from pixels in [0, 1]
+    to logits.
     `StageError` for other files, for weights or logits that are not finite, for logits of another
     shape or without a gradient, and if the logits of an image vary from call to call or depend on
     the rest of the batch.
     """
-    if path.suffix == EXPORTED:
-        classifier = _exported(path)
+    if path.suffix in (EXPORTED, SCRIPTED):
+        require(path)
+        try:
+            classifier: nn.Module = load_program(path, ClassifierProgram)
+        except ValueError as error:
+            raise StageError(f"{path}: {error}; {CONVERT}") from None
     elif path.suffix != OURS:
         raise StageError(
-            f"{path}: expected {OURS} of `stochsec train-classifier`, or {EXPORTED} for any other "
-            "network: build it in Python, load its weights, call .eval(), and write it with "
-            "torch.export.save(torch.export.export(...), 'mine.pt2'): README shows how"
+            f"{path}: expected {OURS} of `stochsec train-classifier`, {EXPORTED} of torch.export "
+            f"or {SCRIPTED} of TorchScript; {CONVERT}"
         )
     else:
         otherwise = new_classifier(params, dataset).architecture
@@ -99,32 +104,12 @@ def load_classifier(params: Params, dataset: str, hardware: Hardware, path: Path
     return classifier
 
 
-class Exported(nn.Module):
-    """A program of torch.export, which stays in the mode that it was exported in."""
-
-    def __init__(self, program: nn.Module) -> None:
-        super().__init__()
-        self.program = program
-
-    def train(self, mode: bool = True) -> Self:
-        """There is no other mode."""
-        return self
+class ClassifierProgram(Program):
+    """Pixels (B,C,H,W) in [0, 1] -> logits (B, classes)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pixels (B,C,H,W) in [0, 1] -> logits (B, classes)."""
         try:
-            return logits_of(self.program(x), len(x))
+            return logits_of(super().forward(x), len(x))
         except AssertionError as error:  # of a bound that was set on the size of a batch
             reason = " ".join(str(error).split())[:200]
             raise StageError(f"classifier: does not take {len(x)} images: {reason}") from None
-
-
-def _exported(path: Path) -> nn.Module:
-    """A network written by `torch.export.save`."""
-    require(path)
-    try:
-        module = torch.export.load(path).module()
-    except Exception as error:  # it raises many kinds for a file that is none of its own
-        reason = " ".join(str(error).split())[:200]
-        raise StageError(f"{path}: not a program of torch.export ({reason})") from None
-    return freeze(Exported(module))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from defense.energy import ConvEnergy
 from defense.fast.langevin import FastLangevin, bytes_per_image, images_at_once
@@ -17,13 +17,19 @@ from stages.core.hardware import Hardware, engine_name
 SHORT = 4  # steps below which laying the weights out costs a CPU more than it gains
 
 
-def choose_chain(energy: ConvEnergy, steps: int, precision: Precision, hardware: Hardware) -> Chain:
+def choose_chain(energy: nn.Module, steps: int, precision: Precision, hardware: Hardware) -> Chain:
     """The fast chain, unless the job is too short for it or the reference was asked for.
+
+    An energy that is no `ConvEnergy` has the reference only, and in float32 if bfloat16 is wanted.
 
     `StageError` if the reference is to compute in bfloat16, which only the fast chain can.
     """
     precision = usable(precision, hardware.device)
     name, device = engine_name(), hardware.device.type
+    if not isinstance(energy, ConvEnergy):
+        precision = "float32" if precision == "bfloat16" else precision
+        _say_once(f"engine: plain, {precision}, {steps} steps (no ConvEnergy)")
+        return watched(plain_chain(precision))
     if name == "plain" and precision == "bfloat16":
         raise StageError("STOCHSEC_ENGINE: plain computes in float32 or tf32, not in bfloat16")
     short = device == "cpu" and steps < SHORT and precision != "bfloat16"

@@ -87,6 +87,9 @@ def classifier_name(training: str) -> str:
     return "classifier" if training == "natural" else f"classifier_{training}"
 
 
+PUBLISHED_INDEX = "index.json"
+"""What a folder of published networks says of each of them, by the name of its file."""
+
 KEPT_RECORDS = "records"
 """The folder of a report that keeps the records it was made of."""
 

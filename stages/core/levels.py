@@ -1,6 +1,8 @@
-"""Mean energy of fresh chains from noisy images: it stays constant if the energy is convergent.
+"""The energies of noisy images, and how they change along fresh chains.
 
-See `defense.studies.diagnostics.level_changes`. Training prints the change; `inspect` records it.
+They stay constant on average if the energy is convergent: see
+`defense.studies.diagnostics.level_changes`. Training prints the change; `inspect` records it. A
+trained energy states the level of its training images, and images far from it are not of its kind.
 """
 
 import copy
@@ -15,18 +17,50 @@ from defense.ebm_training import EBMTrainer
 from defense.energy import ConvEnergy
 from defense.pixels import from_bytes, to_net
 from defense.rng import make_generator
-from defense.studies.diagnostics import level_changes
+from defense.studies.diagnostics import energies, level_changes
 from stages.core.artifacts import load_images
 from stages.core.console import say
+from stages.core.energies import Energy
 from stages.core.engine import choose_chain
 from stages.core.hardware import Hardware
 from stages.core.params import Params
 
+LEVEL_IMAGES = 1000  # training images whose energies are stated
+FAR = 1.0  # standard deviations of single images that the mean of other images may be away
+
+
+def noisy_energies(energy: Energy, pixels: Tensor, tau: float) -> Tensor:
+    """U (N,) in nats of pixels (N,C,H,W) in [0, 1] plus the noise of the energy's training."""
+    noise = torch.randn(pixels.shape, generator=make_generator(0, "noise on images"))
+    noisy = to_net(pixels.cpu()) + (energy.sigma or 0.0) * noise
+    return energies(energy, noisy.to(pixels.device), tau=tau, batch=500).cpu()
+
+
+def level_of(energy: Energy, training: Tensor, tau: float) -> list[float]:
+    """Mean and standard deviation of U over training pixels (M,C,H,W)."""
+    levels = noisy_energies(energy, training, tau).double()
+    return [round(float(levels.mean()), 1), round(float(levels.std()), 1)]
+
+
+def unlike(energy: Energy, level: list[float], pixels: Tensor, tau: float) -> str | None:
+    """How far from its training images an energy finds pixels (N,C,H,W) in [0, 1].
+
+    None if their mean energy is within `FAR` of the ``level`` of `level_of`.
+    """
+    mean, deviation = level
+    away = (float(noisy_energies(energy, pixels, tau).mean()) - mean) / deviation
+    if abs(away) <= FAR:
+        return None
+    return (
+        "the energy was trained on other images than these, or in another range or size: their "
+        f"mean energy lies {away:+.1f} standard deviations from that of its training images"
+    )
+
 
 def level_changes_of(
-    params: Params, dataset: str, hardware: Hardware, energy: ConvEnergy, images: Tensor, who: str
+    params: Params, dataset: str, hardware: Hardware, energy: Energy, images: Tensor, who: str
 ) -> Tensor:
-    """`level_changes` over inspect.levels, of images (N,C,S,S) in net range without their noise."""
+    """`level_changes` over inspect.levels, of images (N,C,H,W) in net range without their noise."""
     section, precision = params.dataset(dataset), params.langevin.precision
     generator = make_generator(params.seed, dataset, "levels", who, device=hardware.device)
     data = NoisyImages(images.to(hardware.device), section.data_noise)

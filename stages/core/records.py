@@ -106,7 +106,7 @@ class AttackResult:
     def of_pgd(
         self, data: Images, path: Path, classifier: Path, conditions: Mapping[str, object]
     ) -> Tensor:
-        """The adversarial images that this record of PGD has for ``data``, (N,C,S,S).
+        """The adversarial images that this record of PGD has for ``data``, (N,C,H,W).
 
         `StageError` if the record has other images, another attack or classifier, or other
         ``conditions`` (norm, radius, steps, ...), or was kept without its images.

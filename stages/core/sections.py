@@ -57,16 +57,33 @@ class AdversarialTraining(Schedule):
 
 
 class Shape(Section):
-    """Image size, channels and number of classes of a dataset."""
+    """Image size (one side, or height and width), channels and number of classes of a dataset."""
 
-    image_size: Annotated[int, Field(ge=4)]
+    image_size: int | tuple[int, int]
     channels: Literal[1, 3]
     classes: Annotated[int, Field(ge=2)]
 
     @property
     def image(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        return self.channels, self.image_size, self.image_size
+        size = self.image_size
+        return self.channels, *((size, size) if isinstance(size, int) else size)
+
+    @model_validator(mode="after")
+    def _energy_can_halve_it(self) -> Self:
+        """As `defense.ConvEnergy` does, until no side is longer than 4."""
+        _, height, width = self.image
+        shorter, longer = sorted((height, width))
+        if shorter < 4:
+            raise ValueError(f"image_size: expected >= 4, got {shorter}")
+        while longer > 4:
+            shorter, longer = shorter // 2, longer // 2
+        if not shorter:
+            raise ValueError(
+                f"image_size: {height}x{width} is too narrow for the energy, which halves images "
+                "until no side is longer than 4"
+            )
+        return self
 
 
 class Dataset(Section):

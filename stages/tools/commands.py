@@ -13,7 +13,6 @@ from stages.core.options import (
     ClassifierFile,
     Dataset,
     EnergyFile,
-    ImagesFile,
     checked,
     located,
     mendable,
@@ -117,91 +116,6 @@ def cost(
         from stages.bench.cost import run
 
         run(params, rate)
-
-
-@app.command()
-def convert(
-    dataset: Dataset,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="What builds the network, such as 'resnet.py:resnet32()' or 'package:name()' (its "
-            "code is run)."
-        ),
-    ],
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            dir_okay=False,
-            help="Its weights: .th, .pth, .pt, .ckpt or .safetensors; nothing in it is run.",
-        ),
-    ] = None,
-    normalize: Annotated[
-        str,
-        typer.Option(
-            help="What the network expects of pixels in [0, 1]: none, half (to [-1, 1]), bytes (to "
-            "0..255), imagenet, cifar10, cifar100, svhn, or MEAN/STD such as 0.5/0.25."
-        ),
-    ] = "none",
-    size: Annotated[
-        int | None, typer.Option("--resize", min=1, help="Pixels a side that the network expects.")
-    ] = None,
-    images: ImagesFile = None,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The classifier, as .pt2.")] = Path(
-        "mine.pt2"
-    ),
-) -> None:
-    """Make a file that --classifier takes of somebody else's network; check its accuracy."""
-    with checked(dataset) as params:
-        from stages.tools.convert import run
-
-        files = located(Paths(params.run, dataset), images=images)
-        hardware = options.given.hardware()
-        run(
-            params,
-            dataset,
-            hardware,
-            model=model,
-            weights=weights,
-            normalize=normalize,
-            size=size,
-            images=files["images"],
-            out=out,
-        )
-
-
-@app.command()
-def convert_energy(
-    dataset: Dataset,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="What builds the energy, such as defense:ConvEnergy(), the network of the authors."
-        ),
-    ],
-    tau: Annotated[float, typer.Option(min=1e-6, help="Noise of a step, x - grad f(x) + tau z.")],
-    weights: Annotated[Path | None, typer.Option(dir_okay=False, help="As in `convert`.")] = None,
-    sigma: Annotated[
-        float | None, typer.Option(min=0, help="Noise on its training images, for denoising.")
-    ] = None,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The energy, as .safetensors.")] = Path(
-        "energy.safetensors"
-    ),
-) -> None:
-    """Make a file that --energy takes of somebody else's energy."""
-    with checked(dataset) as params:
-        from stages.tools.convert import run_energy
-
-        run_energy(
-            params,
-            dataset,
-            options.given.hardware(),
-            model=model,
-            weights=weights,
-            tau=tau,
-            sigma=sigma,
-            out=out,
-        )
 
 
 @app.command("export")

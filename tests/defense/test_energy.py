@@ -20,11 +20,13 @@ def test_frozen_parameters_are_counted_too() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("image_size", [4, 8, 15, 16, 28, 32])
-def test_one_number_for_each_image(image_size: int, channels: int, activation: str) -> None:
+@pytest.mark.parametrize("image_size", [4, 8, 15, 16, 28, 32, (64, 48), (5, 16)])
+def test_one_number_for_each_image(
+    image_size: int | tuple[int, int], channels: int, activation: str
+) -> None:
     torch.manual_seed(0)
     energy = ConvEnergy(image_size=image_size, channels=channels, width=4, activation=activation)
-    x = torch.randn(3, channels, image_size, image_size)
+    x = torch.randn(3, *energy.shape)
     together = energy(x)
     alone = torch.cat([energy(one) for one in x.split(1)])
     assert together.shape == alone.shape == (3,)
@@ -69,6 +71,8 @@ def test_smooth_leaky_relu_tends_to_leaky_relu_below_a_constant() -> None:
 def test_bad_arguments_are_said() -> None:
     with pytest.raises(ValueError, match="image_size: expected >= 4, got 3"):
         ConvEnergy(image_size=3)
+    with pytest.raises(ValueError, match="image_size: 64x12 is too narrow"):
+        ConvEnergy(image_size=(64, 12))
     with pytest.raises(ValueError, match=r"activation: expected one of .*leaky_relu.*, got 'tanh'"):
         ConvEnergy(activation="tanh")
 

@@ -69,6 +69,16 @@ def test_a_program_in_evaluation_mode_is_taken() -> None:
     assert command(f"attack digits pgd --classifier {path}").exit_code == 0
 
 
+def test_a_program_of_torchscript_is_taken_and_weights_of_that_name_are_not() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
+    torch.jit.script(network).save("mine.pt")
+    assert command("attack digits pgd --classifier mine.pt").exit_code == 0
+    torch.save(network.state_dict(), "weights.pt")
+    said = fails("attack digits pgd --classifier weights.pt")
+    assert "not a program of TorchScript" in said
+    assert "`stochsec convert` makes one" in said
+
+
 def test_a_program_that_was_exported_in_training_mode_is_refused() -> None:
     assert "depends on the other images in the batch" in fails(
         f"attack digits pgd --classifier {exported(Small().train())}"
@@ -94,7 +104,7 @@ def test_logits_in_a_dictionary_are_taken_and_two_tensors_are_not() -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".th", ".ckpt"])
 def test_weights_without_an_architecture_are_told_how_to_come_in(suffix: str) -> None:
     torch.save({"state_dict": Small().state_dict()}, f"mine{suffix}")
-    assert "torch.export" in fails(f"attack digits pgd --classifier mine{suffix}")
+    assert "`stochsec convert`" in fails(f"attack digits pgd --classifier mine{suffix}")
 
 
 def test_a_classifier_whose_training_diverges_is_an_error_and_no_file() -> None:

@@ -31,7 +31,7 @@ def maps(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         (onednn.linear(matrix, None)(rows), F.linear(rows, matrix)),
         (onednn.convolution(weight, bias, 2, shape)(x), F.conv2d(x, weight, bias, 2, 1)),
         (
-            onednn.transposed_convolution(weight, 1, shape)(x),
+            onednn.transposed_convolution(weight, [1, 1], shape)(x),
             F.conv_transpose2d(x, weight, None, 2, 1, 1),
         ),
     ]

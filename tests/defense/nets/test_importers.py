@@ -14,7 +14,6 @@ from defense.nets.importers import (
     Logits,
     Preprocessed,
     build_model,
-    is_torchscript,
     load_weights,
 )
 
@@ -173,15 +172,6 @@ def test_pixels_are_resized_and_normalized_before_the_network() -> None:
     )
     with pytest.raises(ValueError, match="std: expected 1 numbers > 0"):
         Preprocessed(nn.Identity(), ((0.5,), (0.0,)), None)
-
-
-def test_torchscript_is_told_from_weights(file: Path, tmp_path: Path) -> None:
-    network = Preprocessed(nn.Linear(4, 3), NORMALIZATIONS["half"], None)
-    torch.jit.script(network).save(str(tmp_path / "a.pt"))
-    torch.save(network.state_dict(), tmp_path / "b.pt")
-    assert is_torchscript(tmp_path / "a.pt")
-    assert not is_torchscript(tmp_path / "b.pt")
-    assert not is_torchscript(file)
 
 
 def test_logits_are_taken_out_of_what_a_network_returns(file: Path) -> None:

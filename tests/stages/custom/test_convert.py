@@ -42,6 +42,18 @@ class Dropping(Few):
     def forward(self, x):
         return nn.functional.dropout(nn.functional.pad(self.net(x), (0, 7)), training=True)
 
+class Bowl(nn.Module):
+    "An energy that is no ConvEnergy."
+    def forward(self, x):
+        return 0.01 * x.square().sum(dim=(1, 2, 3)) + 0.001 * x.sum(dim=(1, 2, 3)).sin()
+
+def vision_transformer():
+    from transformers import ViTConfig, ViTForImageClassification
+    size = {{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}}
+    return ViTForImageClassification(ViTConfig(
+        **size, intermediate_size=16, image_size=8, patch_size=4, num_channels=1, num_labels=10
+    ))
+
 def grown():
     from torchvision.models import resnet18
     net = resnet18(num_classes=10)
@@ -94,8 +106,10 @@ def test_a_network_and_its_weights_become_a_classifier_that_is_attacked(folder: 
     assert "w.pth, sha256" in said
     assert "accuracy on test images" in said
     assert "FLAG" not in said
-    ours, _ = attacked(OURS, folder / "ours.safetensors")
-    theirs, _ = attacked(folder / "a.pt2", folder / "a.safetensors")
+    ours, plain = attacked(OURS, folder / "ours.safetensors")
+    theirs, about = attacked(folder / "a.pt2", folder / "a.safetensors")
+    assert about["classifier_made_of"]["weights"].startswith("w.pth, sha256")
+    assert "classifier_made_of" not in plain
     torch.testing.assert_close(theirs["clean_logits"], ours["clean_logits"], rtol=1e-4, atol=1e-4)
 
 
@@ -106,9 +120,18 @@ def test_a_forgotten_normalization_is_noticed(folder: Path) -> None:
     assert "FLAG" not in made(f"{words} --normalize 0.5/0.5")
 
 
-def test_a_library_of_networks_is_a_door(folder: Path) -> None:
-    made(f"{folder}/nets.py:grown() --resize 32 --normalize half --out {folder}/r.pt2")
-    attacked(folder / "r.pt2", folder / "r.safetensors")
+DOORS = {
+    "torchvision": "{f}/nets.py:grown() --resize 32 --normalize half",
+    "timm": "timm:create_model('resnet10t',num_classes=10,in_chans=1) --resize 32 --normalize half",
+    "Hugging Face": "{f}/nets.py:vision_transformer() --normalize half",
+}
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_library_of_networks_is_a_door(folder: Path, library: str) -> None:
+    made(f"{DOORS[library].format(f=folder)} --out {folder}/r.pt2")
+    _, about = attacked(folder / "r.pt2", folder / "r.safetensors")
+    assert about["classifier_made_of"]["mean"] == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +154,23 @@ def test_what_cannot_be_converted_leaves_nothing(folder: Path, words: str, messa
     assert not (folder / "no.pt2").exists()
 
 
-def test_a_program_of_torchscript_is_sent_to_python(folder: Path) -> None:
+def test_a_program_needs_no_conversion(folder: Path) -> None:
     torch.jit.trace(load_classifier(OURS), torch.rand(2, 1, 8, 8)).save(folder / "traced.pt")
-    assert "a program of TorchScript" in refused(f"{folder}/traced.pt")
+    assert "is a program already" in refused(f"{folder}/traced.pt")
+
+
+def test_any_energy_defends_and_is_attacked(folder: Path) -> None:
+    tau = load_energy("artifacts/tiny/models/digits/ebm_convergent.safetensors")[1]
+    words = f"convert-energy digits {folder}/nets.py:Bowl() --tau {tau} --out {folder}/bowl.pt2"
+    assert command(words).exit_code == 0
+    for attack in ("transfer_K", "exact"):
+        out = folder / f"{attack}.safetensors"
+        words = f"attack digits {attack} --energy {folder}/bowl.pt2 --subset 0:5 --out {out}"
+        assert command(words).exit_code == 0
+        tensors, about = load_tensors(out)
+        assert about["energy_made_of"]["model"] == f"{folder}/nets.py:Bowl()"
+        assert torch.isfinite(tensors["clean_logits"]).all()
+    assert tensors["through_chain"].any()  # its exact gradient is not the identity
 
 
 def test_the_authors_weights_become_an_energy_of_ours(folder: Path) -> None:
@@ -158,7 +195,8 @@ def test_the_authors_weights_become_an_energy_of_ours(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("{f}/nets.py:Few() --tau 0.08", "expected a ConvEnergy, got a Few"),
+        ("{f}/nets.py:Few() --tau 0.08", "expected energies (N,) of images (N,C,H,W), got (2, 3)"),
+        ("{f}/nets.py:grown() --tau 0.08", "expected energies (N,) of images (N,C,H,W), got dict"),
         ("defense:ConvEnergy() --tau 0.08", "expected an energy of images (1, 8, 8)"),
         ("defense:ConvEnergy(image_size=8,channels=1) --tau 0.01", "was trained with tau 0.01"),
     ],

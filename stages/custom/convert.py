@@ -6,6 +6,7 @@ normalization before them. Weights of the authors' energy become a file like tho
 
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +18,18 @@ from defense.energy import ConvEnergy
 from defense.inference import classify, freeze, logits_of
 from defense.nets.importers import (
     NORMALIZATIONS,
+    Energies,
     Logits,
     Preprocessed,
     Statistics,
     build_model,
-    is_torchscript,
     load_weights,
 )
+from defense.nets.programs import EXPORTED, SCRIPTED, save_program
 from defense.pixels import from_bytes
 from stages import StageError
 from stages.core.artifacts import Images, load_images, save_weights
-from stages.core.classifiers import EXPORTED, OURS, load_classifier
+from stages.core.classifiers import OURS, load_classifier
 from stages.core.console import say
 from stages.core.energies import load_energy
 from stages.core.files import Whole, fingerprint, readable
@@ -58,11 +60,9 @@ def run(
     """
     statistics = statistics_of(normalize)
     out = out.with_suffix(EXPORTED)
-    try:
+    with said_errors():
         network = built(model, weights)
         whole = freeze(Preprocessed(network, statistics, [size, size] if size else None))
-    except ValueError as error:
-        raise StageError(str(error)) from None
     about = {
         "model": model,
         "weights": weights and named(weights),
@@ -75,10 +75,20 @@ def run(
     x = from_bytes(shown.images)
     check_shape(model, whole, x)
     with checked_copy(model, out) as made:
-        save(Logits(whole), x[:2], made)
+        with said_errors(f"{model}: "):
+            save_program(Logits(whole), x[:2], about, made)
         load_classifier(params, dataset, hardware, made)
     say(f"{out}: {readable(out)}; {', '.join(f'{name} {value}' for name, value in about.items())}")
     say_accuracy(network, whole, normalize, shown, hardware)
+
+
+@contextmanager
+def said_errors(before: str = "") -> Iterator[None]:
+    """The library's errors as those of a command."""
+    try:
+        yield
+    except ValueError as error:
+        raise StageError(f"{before}{error}") from None
 
 
 @contextmanager
@@ -117,11 +127,8 @@ def built(model: str, weights: Path | None) -> nn.Module:
     """The network of an import path, with its weights."""
     path = Path(model)
     if path.is_file() and path.suffix != ".py":
-        if is_torchscript(path):
-            raise ValueError(
-                f"{model}: a program of TorchScript, which torch.export does not take; in Python "
-                "defense.EOTDefense takes torch.jit.load(...) as it is"
-            )
+        if path.suffix in (EXPORTED, SCRIPTED) and is_program(path):
+            raise ValueError(f"{model}: is a program already, which every command takes as it is")
         raise ValueError(
             f"{model}: weights need the network that they are of: give its code, such as "
             f"resnet.py:resnet32(), and --weights {model}"
@@ -132,6 +139,16 @@ def built(model: str, weights: Path | None) -> nn.Module:
     return network
 
 
+def is_program(path: Path) -> bool:
+    """Whether a file is one of torch.export or TorchScript, rather than of weights."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return path.suffix == EXPORTED or any(
+            name.endswith("/constants.pkl") for name in archive.namelist()
+        )
+
+
 def check_shape(model: str, network: nn.Module, x: Tensor) -> None:
     """`StageError` if the network does not take such images, with its own words."""
     try:
@@ -140,20 +157,6 @@ def check_shape(model: str, network: nn.Module, x: Tensor) -> None:
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[-200:]
         raise StageError(f"{model}: does not take images {tuple(x.shape[1:])}: {reason}") from None
-
-
-def save(network: nn.Module, x: Tensor, path: Path) -> None:
-    """The network as a program of torch.export, for batches of any size."""
-    batch = {0: torch.export.Dim("batch")}
-    try:
-        program = torch.export.export(network, (x,), dynamic_shapes=(batch,))
-    except Exception as error:  # of many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise StageError(
-            f"torch.export cannot follow this network ({reason}); in Python it can be defended as "
-            "it is, see defense.EOTDefense"
-        ) from None
-    torch.export.save(program, path)
 
 
 def say_accuracy(
@@ -193,23 +196,43 @@ def run_energy(
     sigma: float | None,
     out: Path,
 ) -> None:
-    """Build and load a `ConvEnergy`, and write it as `train-ebm` does.
+    """Build and load an energy, and write a `ConvEnergy` as `train-ebm` does, any other as .pt2.
 
-    A step of its chain is x - grad f(x) + tau z; ``sigma`` is the noise on its training images, for
-    denoising. `StageError` if it cannot be built, or does not take the images.
+    It maps images (N,C,H,W) in net range [-1, 1] to energies (N,) or (N,1). A step of its chain is
+    x - grad f(x) + tau z; ``sigma`` is the noise on its training images, for denoising.
+    `StageError` if it cannot be built, does not take the images or cannot be exported.
     """
-    try:
+    with said_errors():
         network = freeze(built(model, weights))
-    except ValueError as error:
-        raise StageError(str(error)) from None
-    if not isinstance(network, ConvEnergy):
-        raise StageError(
-            f"{model}: expected a ConvEnergy, got a {type(network).__name__}; in Python "
-            "defense.LangevinPurifier takes any energy"
-        )
-    out = out.with_suffix(OURS)
-    network.architecture["sigma"] = sigma
+    shape = params.dataset(dataset).shape.image
+    if isinstance(network, ConvEnergy):
+        out = out.with_suffix(OURS)
+        network.architecture["sigma"] = sigma
+    else:
+        out = out.with_suffix(EXPORTED)
+        check_energies(model, network, torch.zeros(2, *shape))
+    about = {"shape": shape, "tau": tau, "sigma": sigma, "model": model}
+    about["weights"] = weights and named(weights)
     with checked_copy(model, out) as made:
-        save_weights(made, network, tau=tau)
+        if isinstance(network, ConvEnergy):
+            save_weights(made, network, tau=tau)
+        else:
+            with said_errors(f"{model}: "):
+                save_program(Energies(network), torch.zeros(2, *shape), about, made)
         load_energy(params, dataset, hardware, made)
     say(f"{out}: {readable(out)}")
+
+
+def check_energies(model: str, network: nn.Module, x: Tensor) -> None:
+    """`StageError` if a network does not return one number with a gradient for each image x."""
+    x = x.requires_grad_()
+    try:
+        found = network(x)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise StageError(f"{model}: does not take images {tuple(x.shape[1:])}: {reason}") from None
+    if not isinstance(found, Tensor) or found.shape not in ((len(x),), (len(x), 1)):
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise StageError(f"{model}: expected energies (N,) of images (N,C,H,W), got {got}")
+    if not found.requires_grad:
+        raise StageError(f"{model}: its energies have no gradient in the pixels")
