@@ -40,7 +40,7 @@ HOMES = {
     "PIL": {"stages/prepare_data.py", "stages/custom/secure.py"},
     "scipy": {"defense/verdict.py", "stages/reporting/findings.py", "stages/custom/secure.py"},
     "ruamel": {"stages/core/presets.py"},
-    "jinja2": {"stages/reporting/page.py"},
+    "jinja2": {"stages/reporting/page.py", "stages/reporting/audit_page.py"},
     "dvc": set(),
 }
 LAYERS = [

@@ -150,3 +150,36 @@ def secure(
             out=out,
         )
         secure.run(case, out, replicas, keep=keep, afresh=not resume)
+
+
+@app.command()
+def audit(
+    classifier: Model,
+    images: Shown,
+    energy: Annotated[
+        Path | None, typer.Option(help="The energy that defends; without one, PGD alone is run.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Few images, steps and replicas: minutes instead of days."),
+    ] = False,
+    changes: Changes = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for page and records.")] = Path(
+        "audit"
+    ),
+    resume: Resume = True,
+) -> None:
+    """Attack a CLASSIFIER, bare and defended, and write a page about it (index.html)."""
+    with mendable():
+        from stages.custom import audit, given
+
+        case = given.set_up(
+            classifier,
+            energy,
+            images,
+            options.given.hardware(),
+            preset="check" if quick else "cifar10",
+            changes=changes or (),
+            out=out,
+        )
+        audit.run(case, out, quick=quick, afresh=not resume)

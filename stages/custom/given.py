@@ -161,7 +161,7 @@ def parameters(
     own = list[str]()
     if about:
         own = [f"langevin.K={about.steps}", f"langevin.denoise={str(about.denoise).lower()}"]
-    text = presets.text(preset, [*own, *changes])
+    text = presets.text(preset, [*own, *changes], unfinished=True)
     values: dict[str, Any] = yaml.safe_load(text)
     [section] = values["data"].values()
     channels, height, width = shape
@@ -171,18 +171,18 @@ def parameters(
         section |= {"tau": about.tau, "data_noise": about.sigma or 0.0}
     name = about.dataset if about else UNKNOWN
     values |= {"run": RUN, "datasets": [name], "data": {name: section}, "compare_dataset": name}
-    fewer(values, count)
+    fewer(values, min(count, values["attack"]["pgd"]["images"]))
     validate_params(values, path)
     write_text(path, yaml.safe_dump(values, sort_keys=False))
     return load_params(path)
 
 
 def fewer(section: dict[str, Any], count: int) -> None:
-    """No attack or study on more images than there are."""
+    """No attack or study on more images than there are, or than PGD attacks; the FID is not run."""
     for name, value in section.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "fid":
             fewer(value, count)
-        elif name == "images" and isinstance(value, int):
+        elif name in ("images", "chains"):
             section[name] = min(value, count)
 
 

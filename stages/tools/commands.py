@@ -129,6 +129,24 @@ def export_results(
         results.pack(params, options.given.hardware(), out)
 
 
+@app.command()
+def join_records(
+    out: Annotated[Path, typer.Argument(metavar="OUT", dir_okay=False, help="The joined record.")],
+    parts: Annotated[
+        list[Path], typer.Argument(metavar="RECORD...", help="Records of `attack --subset`.")
+    ],
+    without_images: Annotated[
+        bool,
+        typer.Option("--without-images", help="Leave the images out, as `report --keep` does."),
+    ] = False,
+) -> None:
+    """Join records of one attack on parts of the test images, made anywhere, into one."""
+    with mendable():
+        from stages.tools import join
+
+        join.run(parts, out, without_images=without_images)
+
+
 @app.command("import")
 def import_results(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `export` wrote.")],
