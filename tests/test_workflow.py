@@ -26,9 +26,11 @@ HOMES = {
     "pandas": {
         *(f"stages/bench/{name}.py" for name in ("speed", "attack", "networks", "cost")),
         *(f"stages/reporting/{name}.py" for name in ("figures", "pictures", "rows", "tables")),
+        *("stages/reporting/tuning.py", "stages/custom/tune.py"),
     },
     "matplotlib": {
-        f"stages/reporting/{name}.py" for name in ("figures", "pictures", "portraits", "style")
+        f"stages/reporting/{name}.py"
+        for name in ("figures", "pictures", "portraits", "style", "tuning")
     },
     "safetensors": {
         "stages/core/artifacts.py",

@@ -183,3 +183,30 @@ def audit(
             out=out,
         )
         audit.run(case, out, quick=quick, afresh=not resume)
+
+
+@app.command()
+def tune(
+    classifier: Model,
+    images: Shown,
+    energy: EnergyOf,
+    changes: Changes = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the results.")] = Path(
+        "tuned"
+    ),
+    resume: Resume = True,
+) -> None:
+    """Find chain length, denoising and replicas for a CLASSIFIER, on a few hundred images."""
+    with mendable():
+        from stages.custom import given, tune
+
+        case = given.set_up(
+            classifier,
+            energy,
+            images,
+            options.given.hardware(),
+            preset="check",
+            changes=changes or (),
+            out=out,
+        )
+        tune.run(case, out, afresh=not resume)
