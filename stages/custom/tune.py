@@ -89,7 +89,10 @@ def run(given: Given, out: Path, *, afresh: bool) -> Setting:
     def key(p: Params) -> object:
         return p.seed, p.data, p.compare, p.attack, p.langevin
 
-    with Scratch("tune", params, key, inputs, given.hardware, afresh=afresh) as scratch:
+    with (
+        said_warnings(),
+        Scratch("tune", params, key, inputs, given.hardware, afresh=afresh) as scratch,
+    ):
         first, second = halves(given, out / "images.npz", sample, half, scratch)
         found = over_chains(nets, first, size.K, (False, True), scratch)
         tried = [attacked(nets, first, one, scratch) for one in best(found)[:ATTACKED]]
@@ -108,6 +111,8 @@ def run(given: Given, out: Path, *, afresh: bool) -> Setting:
         style.save(over_settings(table, chosen.steps), out / "tune.png")
         scratch.done()
     say_result(reported, nets, out)
+    if chosen.steps == max(size.K):
+        say("the longest chain that was tried is the best one: add longer ones to compare.K")
     return chosen
 
 
