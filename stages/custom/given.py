@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,12 @@ def set_up(
     shape = about.shape if about else first_shape(images)
     pictures = read_pictures(images, shape)
     classes = classes_of(classifier, shape)
+    if pictures.classes and len(pictures.classes) != classes:
+        say(
+            f"{images}: {len(pictures.classes)} folders, and the classifier has {classes} classes: "
+            "taken as images without labels"
+        )
+        pictures = replace(pictures, labels=None, classes=[])
     if pictures.labels is not None and int(pictures.labels.max()) >= classes:
         raise StageError(
             f"{images}: expected labels 0 to {classes - 1}, as the classifier has {classes} "
@@ -245,7 +251,7 @@ def read_pictures(path: Path, shape: tuple[int, int, int]) -> Pictures:
             picture = read_picture(files[place], shape, [], [])
             if picture is None:
                 raise StageError(f"{files[place]}: is no image")
-            found.append(torch.from_numpy(picture))
+            found.append(torch.from_numpy(picture.copy()))  # Pillow's is read-only
         return torch.stack(found)
 
     base = path if path.is_dir() else path.parent

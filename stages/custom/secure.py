@@ -46,8 +46,8 @@ def run(given: Given, out: Path, replicas: int, *, keep: bool, afresh: bool) -> 
     with said_warnings():
         nets = given.nets()
         given.say_unlike(nets)
+        defense = nets.defense(given.params.langevin.K, replicas, "secure")
     params, images = given.params, given.pictures
-    defense = nets.defense(params.langevin.K, replicas, "secure")
     size = max(1, given.hardware.max_chains // replicas)
     found: list[dict[str, Tensor]] = []
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -69,13 +70,18 @@ def test_one_picture_and_a_folder_without_labels(folder: Path) -> None:
     (pictures / "notes.txt").write_text("no image")
     lines, _ = secured(f"{CLASSIFIER} {pictures / 'a.png'} {SHORT}", folder / "one")
     assert [line["image"] for line in lines] == ["a.png"]
-    lines, said = secured(f"{CLASSIFIER} {pictures} {SHORT} --purified", folder / "two")
+    lines, said = secured(f"{CLASSIFIER} {pictures} {SHORT} --purified", folder / "all")
     assert [(line["image"], line["label"]) for line in lines] == [
         ("a.png", ""),
         ("inner/b.png", ""),
     ]
     assert "notes.txt" in said
-    with Image.open(folder / "two/purified/inner/b.png") as purified:
+    shutil.copytree(pictures / "inner", folder / "two/a")
+    shutil.copytree(pictures / "inner", folder / "two/b")
+    lines, said = secured(f"{CLASSIFIER} {folder}/two {SHORT}", folder / "three")
+    assert "2 folders, and the classifier has 10 classes: taken as images without labels" in said
+    assert [line["label"] for line in lines] == ["", ""]
+    with Image.open(folder / "all/purified/inner/b.png") as purified:
         assert purified.size == (8, 8)
 
 
