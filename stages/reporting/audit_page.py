@@ -116,6 +116,8 @@ class Audit:
                 f"{percent(worst[0])} of {worst[0].n} withstand every attack that was run. The "
                 f"strongest was {worst[1]}."
             )
+            if not any("rule" in result.about for result in self.results):
+                said.append("No attack that knows the defense has been run yet.")
         return said
 
 

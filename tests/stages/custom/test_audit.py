@@ -69,6 +69,7 @@ def test_a_quick_audit_says_what_it_measured_and_what_not(folder: Path) -> None:
     withstood = withstood & results["bpda_eot"].record.robust(labels)
     share = int(withstood.sum()) / 10
     assert re.search(rf" {share:.0%} \[\d+%, \d+%\] of 10 withstand every attack", said)
+    assert "No attack that knows the defense" not in said
     for words in ("A quick audit", "attacks not run (--quick): identity", "one image at a time"):
         assert words in page
     assert ("data:image/png" in page) == (folder / "failures.png").exists()
@@ -99,9 +100,12 @@ def test_a_full_audit_runs_every_attack_that_fits_the_energy(folder: Path) -> No
 
 def test_an_audit_continues_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attacks, run = list[str](), attack.run
+    pages = list[str]()
 
     def counted(params: Params, dataset: str, name: str, *args: Any, **options: Any) -> Any:
         attacks.append(name)
+        if name == "bpda_eot":
+            pages.append((folder / "index.html").read_text())
         if attacks == ["pgd", "transfer_K"]:
             raise RuntimeError("killed")
         return run(params, dataset, name, *args, **options)
@@ -112,9 +116,11 @@ def test_an_audit_continues_after_a_kill(folder: Path, monkeypatch: pytest.Monke
         command(words)
     page = (folder / "index.html").read_text()
     assert "attacks not run (not yet): transfer_K, bpda_eot" in page
+    assert "No attack that knows the defense" not in page  # nothing is said of the defense yet
     result = command(words)
     assert result.exit_code == 0, result.output
     assert attacks == ["pgd", "transfer_K", "transfer_K", "bpda_eot"]
+    assert "No attack that knows the defense has been run yet." in pages[0]
 
 
 def test_an_audit_needs_labels(folder: Path) -> None:
