@@ -45,11 +45,12 @@ def level_of(energy: Energy, training: Tensor, tau: float) -> list[float]:
 def unlike(energy: Energy, level: list[float], pixels: Tensor, tau: float) -> str | None:
     """How far from its training images an energy finds pixels (N,C,H,W) in [0, 1].
 
-    None if their mean energy is within `FAR` of the ``level`` of `level_of`.
+    None if their mean energy is within `FAR` of the ``level`` of `level_of`, give or take two
+    standard errors of the mean of so few images.
     """
     mean, deviation = level
     away = (float(noisy_energies(energy, pixels, tau).mean()) - mean) / deviation
-    if abs(away) <= FAR:
+    if abs(away) <= FAR + 2 / len(pixels) ** 0.5:
         return None
     return (
         "the energy was trained on other images than these, or in another range or size: their "

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from defense.inference import logits_in
 from defense.nets.pretrained import load_energy
-from defense.nets.programs import EXPORTED, EnergyProgram, Program, load_program
+from defense.nets.programs import EXPORTED, SCRIPTED, EnergyProgram, Program, load_program
 from defense.pixels import from_bytes
 from defense.rng import make_generator
 from stages import StageError
 from stages.core import presets
 from stages.core.artifacts import UNREADABLE, Images, about_of
 from stages.core.build import Nets
-from stages.core.classifiers import OURS
+from stages.core.classifiers import CONVERT, OURS
 from stages.core.console import say
 from stages.core.files import PUBLISHED_INDEX, require, write_text
 from stages.core.hardware import Hardware
@@ -220,12 +220,16 @@ def classes_of(path: Path, shape: tuple[int, int, int]) -> int:
     """How many classes a classifier tells apart."""
     if path.suffix == OURS:
         return int(about_of(path).get("architecture", {}).get("classes", 0))
+    if path.suffix not in (EXPORTED, SCRIPTED):
+        raise StageError(f"{path}: expected {OURS}, {EXPORTED} or {SCRIPTED}; {CONVERT}")
     try:
         with torch.no_grad():
             logits = logits_in(load_program(path, Program)(torch.rand(2, *shape)))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise StageError(f"{path}: does not take images {shape}: {reason}") from None
+        raise StageError(
+            f"{path}: does not take images {shape}, as the energy or the first image is: {reason}"
+        ) from None
     return int(logits.shape[1])
 
 

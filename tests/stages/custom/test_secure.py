@@ -148,6 +148,11 @@ def test_wrong_images_are_one_line(
     assert message in fails(f"{CLASSIFIER} {folder / name} --out {folder / 'out'}")
 
 
+def test_weights_alone_are_sent_to_convert(folder: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, folder / "w.th")
+    assert "`stochsec convert` makes one" in fails(f"{folder}/w.th {IMAGES}")
+
+
 def test_an_energy_of_other_images_is_noticed(folder: Path) -> None:
     words = f"{CLASSIFIER} {folder}/n.npz {SHORT}"
     published = "pretrained/tiny/digits_convergent.safetensors"
