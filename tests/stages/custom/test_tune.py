@@ -31,7 +31,11 @@ WORDS = " ".join(f"--set {name}={value}" for name, value in SMALL.items())
 
 @pytest.fixture(autouse=True)
 def folder(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(experiment)
+    work = tmp_path / "work"  # its unfinished work is its own
+    work.mkdir()
+    for name in ("artifacts", "pretrained", "params.yaml"):
+        (work / name).symlink_to(experiment / name)
+    monkeypatch.chdir(work)
     return tmp_path
 
 
