@@ -13,6 +13,7 @@ from defense.losses import margin
 from defense.pixels import from_bytes
 from stages import attack
 from stages.core.artifacts import save_images
+from stages.core.build import Nets
 from stages.core.console import say
 from stages.core.params import Params
 from stages.core.records import AttackResult
@@ -36,9 +37,9 @@ def run(given: Given, out: Path, *, quick: bool, afresh: bool) -> list[AttackRes
     params, hardware = given.params, given.hardware
     sample = given.pictures.sample(params.attack.pgd.images)
     save_images(out / "images.npz", {"test": sample})
-    names, left_out = chosen(given, quick=quick)
-    inputs = {"images": out / "images.npz", "classifier": given.classifier}
-    inputs |= {"energy": given.energy} if given.energy else {}
+    nets = given.nets() if given.energy else None
+    names, left_out = chosen(params, nets, quick=quick)
+    inputs = {"images": out / "images.npz", **given.inputs}
 
     def key(p: Params) -> object:
         return p.seed, p.data, [(name, p.images(name), p.conditions(name)) for name in names]
@@ -47,10 +48,9 @@ def run(given: Given, out: Path, *, quick: bool, afresh: bool) -> list[AttackRes
     with Scratch("audit", params, key, inputs, hardware, afresh=afresh) as scratch:
         energy = given.energy.name if given.energy else None
         page = Audit(given.classifier.name, energy, params, quick=quick)
-        page.classes = given.pictures.classes
         page.not_run = {**dict.fromkeys(names, "not yet"), **left_out}
-        if given.energy:
-            page.warnings = [said for said in [given.say_unlike(given.nets())] if said]
+        unlike = given.say_unlike(nets) if nets else None
+        page.warnings = [unlike] if unlike else []
         files = attack.Files(
             inputs["images"],
             given.classifier,
@@ -67,7 +67,7 @@ def run(given: Given, out: Path, *, quick: bool, afresh: bool) -> list[AttackRes
             page.warnings += collapsed(results) if name == TRANSFERRED else []
             page.results = results
             audit_page.write(page, out)
-        page.cost = cost(given) if given.energy else None
+        page.cost = cost(nets) if nets else None
         draw_failures(results, given, out)
         audit_page.write(page, out)
         for name, result in zip(names, results, strict=True):
@@ -80,13 +80,13 @@ def run(given: Given, out: Path, *, quick: bool, afresh: bool) -> list[AttackRes
     return results
 
 
-def chosen(given: Given, *, quick: bool) -> tuple[list[str], dict[str, str]]:
-    """The attacks to run, and why others are not."""
-    named = given.params.evaluate.attacks
-    if given.energy is None:
+def chosen(params: Params, nets: Nets | None, *, quick: bool) -> tuple[list[str], dict[str, str]]:
+    """The attacks to run, and why others are not; ``nets`` is None without an energy."""
+    named = params.evaluate.attacks
+    if nets is None:
         return [BARE], dict.fromkeys([TRANSFERRED, BPDA, *named], "no energy given")
     names, left_out = [BARE, TRANSFERRED, BPDA], dict[str, str]()
-    corners = has_corners(given.nets().energy)
+    corners = has_corners(nets.energy)
     for name, attack_named in named.items():
         # Attacks for one of the workflow's energies are for every energy of its kind.
         kind = "convergent" if corners else "smooth_convergent"
@@ -113,17 +113,17 @@ def collapsed(results: list[AttackResult]) -> list[str]:
     ]
 
 
-def cost(given: Given) -> Cost:
+def cost(nets: Nets) -> Cost:
     """Seconds of one prediction of one image, bare and defended, and of an image in a batch."""
-    nets, section = given.nets(), given.params.dataset(given.dataset)
-    x = torch.rand(1, *section.shape.image, device=given.hardware.device)
-    defense = nets.defense(given.params.langevin.K, REPLICAS, "cost")
+    hardware, section = nets.hardware, nets.params.dataset(nets.dataset)
+    x = torch.rand(1, *section.shape.image, device=hardware.device)
+    defense = nets.defense(nets.params.langevin.K, REPLICAS, "cost")
     with torch.no_grad():
         bare = seconds(lambda: nets.classifier(x))
         defended = seconds(lambda: defense(x))
-        many = x.repeat(max(1, given.hardware.max_chains // REPLICAS), 1, 1, 1)
+        many = x.repeat(max(1, hardware.max_chains // REPLICAS), 1, 1, 1)
         batch = seconds(lambda: defense(many)) / len(many)
-    return Cost(bare, defended, batch, REPLICAS, given.hardware.device.type)
+    return Cost(bare, defended, batch, REPLICAS, hardware.device.type)
 
 
 def seconds(call: Callable[[], Tensor]) -> float:

@@ -1,13 +1,16 @@
 """The commands for somebody else's classifier, energy and images."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stages.core import options
 from stages.core.files import Paths
 from stages.core.options import Dataset, ImagesFile, Resume, checked, located, mendable
+
+if TYPE_CHECKING:
+    from stages.custom.given import Given
 
 app = typer.Typer()
 
@@ -121,6 +124,23 @@ def convert_energy(
         )
 
 
+def set_up(
+    classifier: Path,
+    energy: Path | None,
+    images: Path,
+    changes: list[str] | None,
+    out: Path,
+    preset: str,
+) -> "Given":
+    """Somebody's files, as the options name them; see `stages.custom.given`."""
+    from stages.custom import given
+
+    hardware = options.given.hardware()
+    return given.set_up(
+        classifier, energy, images, hardware, preset=preset, changes=changes or (), out=out
+    )
+
+
 @app.command()
 def secure(
     classifier: Model,
@@ -138,17 +158,9 @@ def secure(
 ) -> None:
     """Classify images with a defended CLASSIFIER: predictions, and which of them are not clear."""
     with mendable():
-        from stages.custom import given, secure
+        from stages.custom import secure
 
-        case = given.set_up(
-            classifier,
-            energy,
-            images,
-            options.given.hardware(),
-            preset="cifar10",
-            changes=changes or (),
-            out=out,
-        )
+        case = set_up(classifier, energy, images, changes, out, "cifar10")
         secure.run(case, out, replicas, keep=keep, afresh=not resume)
 
 
@@ -171,17 +183,9 @@ def audit(
 ) -> None:
     """Attack a CLASSIFIER, bare and defended, and write a page about it (index.html)."""
     with mendable():
-        from stages.custom import audit, given
+        from stages.custom import audit
 
-        case = given.set_up(
-            classifier,
-            energy,
-            images,
-            options.given.hardware(),
-            preset="check" if quick else "cifar10",
-            changes=changes or (),
-            out=out,
-        )
+        case = set_up(classifier, energy, images, changes, out, "check" if quick else "cifar10")
         audit.run(case, out, quick=quick, afresh=not resume)
 
 
@@ -198,15 +202,7 @@ def tune(
 ) -> None:
     """Find chain length, denoising and replicas for a CLASSIFIER, on a few hundred images."""
     with mendable():
-        from stages.custom import given, tune
+        from stages.custom import tune
 
-        case = given.set_up(
-            classifier,
-            energy,
-            images,
-            options.given.hardware(),
-            preset="check",
-            changes=changes or (),
-            out=out,
-        )
+        case = set_up(classifier, energy, images, changes, out, "check")
         tune.run(case, out, afresh=not resume)

@@ -98,6 +98,12 @@ class Given:
         """What the parameters call the images: as the energy calls those of its training."""
         return self.params.datasets[0]
 
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """The networks' files, by role."""
+        energy = {"energy": self.energy} if self.energy else {}
+        return {"classifier": self.classifier, **energy}
+
     def nets(self) -> Nets:
         """Both networks; `StageError` without an energy."""
         if self.energy is None:
@@ -204,9 +210,7 @@ def described(path: Path) -> About:
             shape, sigma = network.shape, network.sigma
             dataset = about_of(path).get("dataset", UNKNOWN)
     except ValueError as error:
-        raise StageError(
-            f"{path}: {error}" if str(path) not in str(error) else str(error)
-        ) from None
+        raise StageError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     index = path.parent / PUBLISHED_INDEX
     entry = json.loads(index.read_text()).get(path.stem, {}) if index.is_file() else {}
     if entry.get("tau") != tau:  # of another file with that name

@@ -54,10 +54,9 @@ def run(given: Given, out: Path, replicas: int, *, keep: bool, afresh: bool) -> 
     def key(p: Params) -> object:
         return p.seed, p.langevin, p.data, replicas, keep, images.identity
 
-    inputs = {"classifier": given.classifier, **({"energy": given.energy} if given.energy else {})}
     with (
         said_warnings(),
-        Scratch("secure", params, key, inputs, given.hardware, afresh=afresh) as scratch,
+        Scratch("secure", params, key, given.inputs, given.hardware, afresh=afresh) as scratch,
         Track("secure", len(images), unit="images") as track,
     ):
         for first in range(0, len(images), size):

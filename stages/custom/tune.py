@@ -83,8 +83,7 @@ def run(given: Given, out: Path, *, afresh: bool) -> Setting:
     with said_warnings():
         nets = given.nets()
         given.say_unlike(nets)
-    inputs = {"images": out / "images.npz", "classifier": given.classifier}
-    inputs |= {"energy": given.energy} if given.energy else {}
+    inputs = {"images": out / "images.npz", **given.inputs}
 
     def key(p: Params) -> object:
         return p.seed, p.data, p.compare, p.attack, p.langevin
@@ -123,8 +122,10 @@ def halves(
     pgd, classifier = scratch.folder / "pgd.safetensors", given.classifier
     if not pgd.exists():
         files = attack.Files(images, classifier, classifier, pgd)
-        run_pgd = partial(attack.run, given.params, given.dataset, "pgd", given.hardware)
-        run_pgd(files, pgd, subset=(0, 2 * half), within=scratch)
+        whole, params = (0, 2 * half), given.params
+        attack.run(
+            params, given.dataset, "pgd", given.hardware, files, pgd, subset=whole, within=scratch
+        )
     adversarial = AttackResult.load(pgd).record.adversarial
 
     def part(name: str, places: slice) -> Half:

@@ -60,7 +60,6 @@ class Audit:
     energy: str | None
     params: Params
     quick: bool
-    classes: list[str] = field(default_factory=list)
     results: list[AttackResult] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -27,17 +27,19 @@ def run(paths: Sequence[Path], out: Path, *, without_images: bool) -> AttackResu
         ((AttackResult.load(path), path) for path in paths), key=lambda part: span(*part)
     )
     (first, origin), *others = parts
-    for (before, _), (part, path) in zip(parts, others, strict=False):
+    for (before, earlier), (part, path) in zip(parts, others, strict=False):
         for name in sorted((first.about.keys() | part.about.keys()) - FREE):
             if first.about.get(name) != part.about.get(name):
                 raise StageError(
                     f"{path}: {name} = {part.about.get(name)}, and {first.about.get(name)} in "
                     f"{origin}"
                 )
-        if span(part, path)[0] != span(before, path)[1]:
+        end = span(before, earlier)[1]
+        if span(part, path)[0] != end:
             raise StageError(
-                f"{path}: expected test images from {span(before, path)[1]} on, got "
-                "{}:{}".format(*span(part, path))
+                f"{path}: expected test images from {end} on, got {{}}:{{}}".format(
+                    *span(part, path)
+                )
             )
     if without_images or any(KEPT in part.about for part, _ in parts):
         parts = [(stripped(part, path), path) for part, path in parts]
