@@ -12,6 +12,8 @@ from stages.core.params import Params
 from stages.core.records import AttackResult
 from tests.tiny import command
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 CLASSIFIER = "artifacts/tiny/models/digits/classifier.safetensors"
 ENERGY = "artifacts/tiny/models/digits/ebm_convergent.safetensors"
 IMAGES = "artifacts/tiny/data/digits.npz"
@@ -34,16 +36,6 @@ WORDS = " ".join(
     for section, values in SMALL.items()
     for name, value in values.items()
 )
-
-
-@pytest.fixture(autouse=True)
-def folder(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    work = tmp_path / "work"  # its unfinished work is its own
-    work.mkdir()
-    for name in ("artifacts", "pretrained", "params.yaml"):
-        (work / name).symlink_to(experiment / name)
-    monkeypatch.chdir(work)
-    return tmp_path
 
 
 def audited(words: str, out: Path) -> tuple[str, str]:

@@ -22,20 +22,12 @@ from stages.custom.given import described, read_pictures
 from stages.custom.secure import judged
 from tests.tiny import command
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 CLASSIFIER = "artifacts/tiny/models/digits/classifier.safetensors"
 ENERGY = "artifacts/tiny/models/digits/ebm_convergent.safetensors"
 IMAGES = "artifacts/tiny/data/digits.npz"
 SHORT = "--set langevin.K=2 --set langevin.denoise=false --replicas 5"
-
-
-@pytest.fixture(autouse=True)
-def folder(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    work = tmp_path / "work"  # its unfinished work is its own
-    work.mkdir()
-    for name in ("artifacts", "pretrained", "params.yaml"):
-        (work / name).symlink_to(experiment / name)
-    monkeypatch.chdir(work)
-    return tmp_path
 
 
 def secured(words: str, out: Path) -> tuple[list[dict[str, str]], str]:

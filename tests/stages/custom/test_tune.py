@@ -10,6 +10,8 @@ from stages.custom.tune import Measured, Setting, best
 from stages.reporting.rows import Accuracy
 from tests.tiny import command
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 FILES = (
     "artifacts/tiny/models/digits/classifier.safetensors artifacts/tiny/data/digits.npz "
     "--energy artifacts/tiny/models/digits/ebm_convergent.safetensors"
@@ -27,16 +29,6 @@ SMALL = {
     "compare.bpda_eot.H_def": 10,
 }
 WORDS = " ".join(f"--set {name}={value}" for name, value in SMALL.items())
-
-
-@pytest.fixture(autouse=True)
-def folder(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    work = tmp_path / "work"  # its unfinished work is its own
-    work.mkdir()
-    for name in ("artifacts", "pretrained", "params.yaml"):
-        (work / name).symlink_to(experiment / name)
-    monkeypatch.chdir(work)
-    return tmp_path
 
 
 def test_a_setting_is_chosen_and_reported_on_other_images(folder: Path) -> None:
