@@ -67,8 +67,11 @@ def run(params: Params, out: Path) -> None:
                 if paths.model(f"ebm_{phase}").exists():
                     name = f"{dataset}_{phase}"
                     sections[name] = energy_card(params, paths, phase, fresh, out)
-                    weights = paths.model(f"ebm_{phase}")
-                    index[name] = {**about_of(weights), **measured_with(params, paths, weights)}
+                    weights, published = paths.model(f"ebm_{phase}"), out / f"{name}.safetensors"
+                    same = published.exists() and fingerprint(published) == fingerprint(weights)
+                    before = index.get(name, {}) if same else {}
+                    measured = measured_with(params, paths, weights, before)
+                    index[name] = {**about_of(weights), **measured}
             for training in TRAININGS:
                 if paths.classifier(training).exists():
                     name = f"{dataset}_{classifier_name(training)}"
@@ -85,14 +88,17 @@ def run(params: Params, out: Path) -> None:
     say(f"publish: {out} ({readable(out)})")
 
 
-def measured_with(params: Params, paths: Paths, weights: Path) -> dict[str, Any]:
+def measured_with(
+    params: Params, paths: Paths, weights: Path, before: dict[str, Any]
+) -> dict[str, Any]:
     """The chain that an energy's numbers are of, and the level of its training images.
 
-    The level, mean and standard deviation of U, is left out where the images are not here.
+    The level is the mean and standard deviation of U. Where the images are not here, it is the
+    one that was published ``before`` with the same weights, if any.
     """
     chain = {"K": params.langevin.K, "denoise": params.langevin.denoise}
     if not paths.images.exists():
-        return chain
+        return {**chain, "level": before["level"]} if "level" in before else chain
     energy, tau = load_energy(weights)
     training = load_images(paths.images, "train", params.dataset(paths.dataset)).images
     return {**chain, "level": level_of(energy, from_bytes(training[:LEVEL_IMAGES]), tau)}
