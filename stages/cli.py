@@ -43,6 +43,7 @@ from stages.core.options import (
 )
 from stages.core.params import EVALUATED, MODELS, PGD_ATTACKS, TABLE_ATTACKS
 from stages.custom import commands as custom
+from stages.systems import commands as systems
 from stages.tools import commands
 
 app = typer.Typer(
@@ -450,4 +451,5 @@ def publish(
 
 
 app.add_typer(custom.app)
+app.add_typer(systems.app)
 app.add_typer(commands.app)

@@ -9,10 +9,13 @@ PARAMS = "stages/core/params.py"
 
 
 def run(out: Path) -> None:
-    """Write STAGE.txt for every stage, and params.txt for the check of the parameters."""
-    modules = [PARAMS]
-    for path in sorted((ROOT / "stages").glob("*.py")):
-        if "\ndef run(" in path.read_text():
-            modules.append(f"stages/{path.name}")
-    for module in modules:
-        write_text(out / f"{Path(module).stem}.txt", code_of(module))
+    """Write STAGE.txt for every stage, and params.txt for the check of the parameters.
+
+    Those of the workflow on other defenses are called systems_STAGE.txt.
+    """
+    write_text(out / "params.txt", code_of(PARAMS))
+    for room in ("", "systems/"):
+        for path in sorted((ROOT / "stages" / room).glob("*.py")):
+            if "\ndef run(" in path.read_text():
+                name = f"{room.replace('/', '_')}{path.stem}"
+                write_text(out / f"{name}.txt", code_of(f"stages/{room}{path.name}"))

@@ -20,6 +20,7 @@ from stages.core.files import ROOT
 SEEN_ONLY = frozenset({"stages/core/console.py"})  # what a person sees while a stage works
 DATA = {
     "stages/reporting/page.py": "stages/reporting/page.html",
+    "stages/reporting/systems_page.py": "stages/reporting/systems_page.html",
     "stages/reporting/tables.py": "stages/reporting/published.csv",
 }
 LAYOUT = {

@@ -68,6 +68,10 @@ class Paths:
         """The folder of all attacks on the defense with one energy, a record each."""
         return self.root / f"artifacts/{self.run}/records/{self.dataset}/evaluate_{energy}"
 
+    def system(self, name: str) -> Path:
+        """The folder of all attacks on another purification defense, a record each."""
+        return self.root / f"artifacts/{self.run}/records/{self.dataset}/systems/{name}"
+
     @property
     def tables(self) -> Path:
         """The folder of Tables 1-3 and Figure 4 before the studies are there."""

@@ -27,6 +27,7 @@ from stages.core.sections import (
     Section,
     Snapshots,
     Sweep,
+    Systems,
 )
 
 # PGD on a classifier by itself, and how that was trained.
@@ -65,6 +66,7 @@ class Params(Section):
     fid: FID
     inspect: Inspect
     diagnose: Diagnose
+    systems: Systems | None
     _origin: Path = PrivateAttr(default=Path("params.yaml"))
 
     @model_validator(mode="after")

@@ -84,7 +84,7 @@ def _merge(base: CommentedMap, differences: CommentedMap, name: str, where: str 
             base[key] = value  # a preset says all of an attack
         elif key not in base:
             raise StageError(f"presets/{name}.yaml: {where}{key}: no such parameter")
-        elif isinstance(value, CommentedMap):
+        elif isinstance(value, CommentedMap) and base[key] is not None:
             for dataset in [d for d in base[key] if key == "data" and d not in value]:
                 del base[key][dataset]
             _merge(base[key], value, name, f"{where}{key}.")

@@ -1,6 +1,6 @@
 """The sections of params.yaml: every number with its kind and its bounds. No torch here."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -239,6 +239,39 @@ class NamedAttack(Section):
             expected = "none" if self.gradient != "none" else "identity, exact or smoothed"
             raise ValueError(f"gradient: rule {self.rule} expects {expected}, got {self.gradient}")
         return self
+
+
+class SystemAttack(NamedAttack):
+    """An attack on every system; ``images`` None: as many as all.
+
+    ``gradient`` best: exact where the purifier has a gradient, else identity. ``noise`` known: the
+    attacker holds the generator of the defender.
+    """
+
+    gradient: Literal["identity", "exact", "best", "none"]  # type: ignore[assignment]
+    noise: Literal["unknown", "known"] = "unknown"
+    images: Count | None = None
+
+
+class Certificate(Section):
+    """Of smoothed classifiers (Cohen et al. 2019): sizes, and an attack that must not break it."""
+
+    select: Count
+    estimate: Count
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    l2_255: Positive
+    steps: CountOrNone
+
+
+class Systems(Section):
+    """Other purification defenses under one suite of attacks; ``settings`` by `defense.SYSTEMS`."""
+
+    images: Count
+    H_adv: Count
+    H_def: Count
+    attacks: dict[Name, SystemAttack]
+    certificate: Certificate
+    settings: dict[Name, dict[str, Any]]
 
 
 class ActiveTest(Section):

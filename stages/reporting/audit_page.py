@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from jinja2 import Environment, FileSystemLoader
 
 from stages.core.files import write_text
 from stages.core.params import Params
 from stages.core.records import AttackResult
 from stages.reporting.flags import flags_of
-from stages.reporting.page import Figure, embedded
+from stages.reporting.page import Figure, embedded, template
 from stages.reporting.provenance import here
 from stages.reporting.rows import Accuracy, count
 
@@ -146,18 +145,11 @@ def words_of(result: AttackResult) -> str:
 
 def write(audit: Audit, out: Path) -> None:
     """``out``/index.html, as far as the audit has come."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
     picture: Figure | None = None
     if (out / "failures.png").exists():
         picture = embedded(out / "failures.png", "")
     params = (out / "params.yaml").read_text()
-    page = environment.get_template(TEMPLATE.name).render(
+    page = template(TEMPLATE, percent=percent).render(
         audit=audit,
         values=yaml.safe_load(params),
         params=params,

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import groupby
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup, escape
 
 from stages.core.files import write_text
@@ -77,19 +77,12 @@ def write(out: Path, captions: Mapping[str, str]) -> None:
     ``captions`` has what to see in figures, by a pattern of their names, in the page's order.
     Whatever file is absent is left out, except summary.md.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["emphasised"] = emphasised
     params, attacks = text(out / "params.yaml"), text(out / "attacks.md")
     findings = bullets(attacks, "Findings:")
     verdicts = [found.groups("") for line in findings if (found := VERDICT.fullmatch(line))]
     others = [line for line in findings if not VERDICT.fullmatch(line)]
     numbered = {n: table(out / f"table{n}.csv", text(out / f"table{n}.md")) for n in (1, 2, 3)}
-    page = environment.get_template(TEMPLATE.name).render(
+    page = template(TEMPLATE, emphasised=emphasised).render(
         params=params,
         values=yaml.safe_load(params) or {},
         summary=piped((out / "summary.md").read_text()),
@@ -106,6 +99,18 @@ def write(out: Path, captions: Mapping[str, str]) -> None:
         not_run=NOT_RUN,
     )
     write_text(out / "index.html", page)
+
+
+def template(path: Path, **filters: Callable[..., str]) -> Template:
+    """A page with Jinja's marks in it, and filters of its own."""
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters)
+    return environment.get_template(path.name)
 
 
 def text(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""Other purification defenses under one suite of attacks; its workflow is dvc.yaml here."""
