@@ -36,4 +36,19 @@ SYSTEMS: dict[str, type[System]] = {
 }
 """By name; a name may stand for a system with other settings."""
 
-__all__ = ["SYSTEMS", "Fit", "RetrainedSystem", "System", "Trainer"]
+__all__ = [
+    "MALADE",
+    "SYSTEMS",
+    "DenoisedSmoothing",
+    "Fit",
+    "Hill",
+    "Jpeg",
+    "MENet",
+    "PixelDefend",
+    "RandomizedSmoothing",
+    "RetrainedSystem",
+    "ScorePurification",
+    "System",
+    "TotalVariation",
+    "Trainer",
+]

@@ -90,7 +90,7 @@ class GreedyDecoding:
         for row in range(x.shape[2]):
             for column in range(x.shape[3]):
                 old = x[:, 0, row, column, None]
-                logits = self.network(purified)[:, :, row, column]
+                logits = self.network(purified[:, :, : row + 1])[:, :, row, column]  # no row below
                 distance = (levels - old).abs()
                 # The nearest level is allowed even where the radius is smaller than the spacing.
                 near = distance <= torch.clamp(distance.amin(1, keepdim=True), min=self.radius)

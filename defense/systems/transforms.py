@@ -1,11 +1,13 @@
 """Two transformations that need no training (Guo et al. 2018): JPEG and total variation."""
 
+import io
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from defense.purifier import Purifier
 from defense.systems.system import System
@@ -23,10 +25,13 @@ class Jpeg(System):
 
     def purifier(self, network: Any) -> Purifier:
         def purify(x: Tensor, *, generator: Generator) -> Tensor:
-            mode = ImageReadMode.GRAY if x.shape[1] == 1 else ImageReadMode.RGB
-            bytes_ = (255 * x).round().clamp(0, 255).to(torch.uint8).cpu()
-            files = encode_jpeg(list(bytes_), quality=self.quality)
-            return torch.stack(decode_jpeg(files, mode)).to(x) / 255
+            pixels = (255 * x).round().clamp(0, 255).to(torch.uint8).cpu().permute(0, 2, 3, 1)
+            read = []
+            for image in pixels.numpy():
+                with io.BytesIO() as file:
+                    Image.fromarray(image.squeeze()).save(file, "jpeg", quality=self.quality)
+                    read.append(np.atleast_3d(np.asarray(Image.open(file))))
+            return torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2).to(x) / 255
 
         return purify
 
@@ -64,7 +69,7 @@ class Chambolle:
         for _ in range(self.steps):
             slope = forward_differences(x - self.weight * minus_divergence(p))
             length = slope.square().sum(0).add(1e-12).sqrt()
-            p = (p - 0.25 / self.weight * slope) / (1 + 0.25 / self.weight * length)
+            p = (p + 0.25 / self.weight * slope) / (1 + 0.25 / self.weight * length)
         return x - self.weight * minus_divergence(p)
 
 

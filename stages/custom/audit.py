@@ -11,6 +11,7 @@ from defense.attack import NEVER
 from defense.gradient.chain import has_corners
 from defense.losses import margin
 from defense.pixels import from_bytes
+from defense.verdict import is_right
 from stages import attack
 from stages.core.artifacts import save_images
 from stages.core.build import Nets
@@ -139,7 +140,9 @@ def draw_failures(results: list[AttackResult], given: Given, out: Path) -> None:
     attacked = [result for result in results if "H_def" in result.about] or results
     worst = min(attacked, key=lambda result: float(robust(result).float().mean()))
     record, labels = worst.record, worst.images.labels
-    broken = ((record.broken_at != NEVER) & record.clean_correct(labels)).nonzero().flatten()
+    fooled = (record.broken_at != NEVER) & record.clean_correct(labels)
+    fooled &= ~is_right(record.adversarial_logits, labels)  # with fresh noise, too
+    broken = fooled.nonzero().flatten()
     if not len(broken):
         return
     sure = margin(record.adversarial_logits[broken], labels[broken]).argsort(descending=True)

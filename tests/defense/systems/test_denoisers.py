@@ -101,7 +101,7 @@ def trainer(updates: int = 30) -> Trainer:
 def test_training_lowers_the_loss_and_resumes_exactly() -> None:
     whole = trainer()
     losses = [whole.step() for _ in range(30)]
-    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     first, second = trainer(), trainer()
     for _ in range(11):
         first.step()

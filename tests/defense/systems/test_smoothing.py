@@ -3,9 +3,8 @@
 import math
 
 import numpy as np
-import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
 from defense.eot import EOTDefense
@@ -30,12 +29,10 @@ def test_a_vote_is_clear_only_if_a_coin_would_hardly_do_it() -> None:
     assert vote(torch.tensor([0, 0, 100]), 1e-3) == 2
 
 
-def test_the_radius_is_that_of_art() -> None:
-    smoothing = pytest.importorskip("art.estimators.certification.randomized_smoothing")
+def test_the_radius_follows_from_the_exact_bound_on_the_share() -> None:
+    """Clopper and Pearson's, as scipy has it: of two sides that are wrong by alpha each."""
     for votes, of, alpha in ((990, 1000, 0.001), (600, 1000, 0.001), (100, 100, 0.05)):
-        made = smoothing.NumpyRandomizedSmoothing.__new__(smoothing.NumpyRandomizedSmoothing)
-        made.alpha = alpha
-        share = made._lower_confidence_bound(votes, of)
+        share = binomtest(votes, of).proportion_ci(1 - 2 * alpha, "exact").low
         radius = certified_radius(torch.tensor([of - votes, votes]), 1, 0.25, alpha)
         assert math.isclose(radius, 0.25 * norm.ppf(share), rel_tol=1e-6)
 
