@@ -103,9 +103,8 @@ def test_stages_of_the_workflow_depend_on_the_file_of_their_code_and_exist() -> 
     codes = {"train_system": "train", "report_systems": "report"}
     for name, stage in WORKFLOW.items():
         (listed,) = [dep for dep in stage["deps"] if dep.startswith("artifacts/code/")]
-        usual = {"systems_params": "params", "systems_data": "prepare_data"}
-        code = usual.get(name) or f"systems_{codes.get(name, 'attack')}"
-        assert listed == f"artifacts/code/{code}.txt"
+        code = f"systems_{codes.get(name, 'attack')}"
+        assert listed == f"artifacts/code/{'params' if name == 'systems_params' else code}.txt"
         assert stage["wdir"] == "../.."
 
 
