@@ -48,7 +48,7 @@ def run(
 ) -> list[AttackResult]:
     """Attack a system with the whole suite; one record for each attack in the folder ``out``.
 
-    First PGD on its classifier alone, whose images are transferred to the defense; then the attacks
+    First PGD on the bare classifier, whose images are transferred to the defense; then the attacks
     of `systems.attacks` that are possible. A killed run resumes.
     """
     whole = WholeFolder(out, f"{PGD}.safetensors")
@@ -167,8 +167,8 @@ def conditions(config: AttackConfig, cost: float, **more: object) -> dict[str, o
 
 
 def pgd(params: Params, built: Built) -> Plan:
-    """PGD on the system's classifier by itself; every image goes through all steps."""
-    size, classifier = params.attack.pgd, built.classifier
+    """PGD on the bare classifier, the same for every system; each image goes through all steps."""
+    size, bare = params.attack.pgd, built.bare
     config = attack_config(
         params, size.steps, early=False, restarts=size.restarts, stop_at_break=False
     )
@@ -176,10 +176,8 @@ def pgd(params: Params, built: Built) -> Plan:
     def evaluate(
         shard: int, images: Images, x: Tensor, y: Tensor, on_step: Callable[[int], None]
     ) -> AttackRecord:
-        generator = make_generator(params.seed, "systems", built.name, PGD, shard, device=x.device)
-        return run_attack(
-            classifier, classifier, x, y, config, generator=generator, on_step=on_step
-        )
+        generator = make_generator(params.seed, "systems", PGD, shard, device=x.device)
+        return run_attack(bare, bare, x, y, config, generator=generator, on_step=on_step)
 
     said = conditions(config, 3.0)  # a forward pass and a backward pass, which costs twice as much
     return Plan(size.restarts * (size.steps + 1), {}, evaluate, said)

@@ -33,7 +33,8 @@ class Built:
 
     name: str
     system: System | None  # None: a purifier of one's own
-    classifier: nn.Module
+    bare: nn.Module  # the classifier to be defended
+    classifier: nn.Module  # the one that sees purified images: the bare one, or trained on them
     purifier: Purifier
     files: dict[str, Path]
     seed: int
@@ -139,7 +140,7 @@ def build(
             own = freeze(build_model(name)).to(hardware.device)
         except ValueError as error:
             raise StageError(str(error)) from None
-        return Built(name, None, bare, own, files, seed, chains, shape=shape)
+        return Built(name, None, bare, bare, own, files, seed, chains, shape=shape)
     system = system_of(params, name)
     trained: nn.Module | None
     if isinstance(system, Hill):
@@ -155,7 +156,8 @@ def build(
             load_network(trained, network, name)
             freeze(trained.to(hardware.device))
     judge = system.classifier(bare, trained)
-    return Built(name, system, judge, system.purifier(trained), files, seed, chains, shape=shape)
+    purifier = system.purifier(trained)
+    return Built(name, system, bare, judge, purifier, files, seed, chains, shape=shape)
 
 
 def load_network(network: nn.Module, path: Path, name: str) -> None:

@@ -30,7 +30,7 @@ class Line:
     """What was measured of one system; empty results: it was not run."""
 
     name: str
-    results: dict[str, AttackResult]  # by attack; PGD on its classifier alone comes first
+    results: dict[str, AttackResult]  # by attack; PGD on the bare classifier comes first
     certificate: dict[str, Tensor] | None
 
     def about(self, key: str) -> str:
