@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from stages.core.files import write_text
@@ -14,14 +13,18 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def write(
-    params: Params, table: pd.DataFrame, findings: list[str], flags: list[str], out: Path
+    params: Params,
+    table: tuple[list[str], list[list[str]]],
+    findings: list[str],
+    flags: list[str],
+    out: Path,
 ) -> None:
-    """``out``/index.html from the table, the findings and the figures in ``out``."""
+    """``out``/index.html from the table (head, rows), the findings and the figures in ``out``."""
     page = template(TEMPLATE).render(
         params=params,
         written=(out / "params.yaml").read_text(),
-        head=list(table.columns),
-        rows=table.to_numpy().tolist(),
+        head=table[0],
+        rows=table[1],
         findings=findings,
         flags=flags,
         arrows=embedded(out / "arrows.png", ""),

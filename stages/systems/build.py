@@ -9,7 +9,6 @@ from torch import nn
 from defense.eot import EOTDefense
 from defense.gradient.chain import GradientMode
 from defense.inference import flops, freeze
-from defense.langevin import langevin
 from defense.nets.importers import build_model
 from defense.purifier import LangevinPurifier, Purifier, Reversible
 from defense.rng import make_generator
@@ -77,13 +76,14 @@ class Built:
         """
         device = next(self.classifier.parameters()).device
         x = torch.rand(1, *self.shape, generator=make_generator(0, "one image")).to(device)
-        model = self.defense(replicas, "cost", gradient or "identity")
-        if isinstance(self.purifier, LangevinPurifier):  # whose fast chain hides its operations
-            own = self.purifier
-            plain = LangevinPurifier(own.energy, own.config, chain=langevin, softness=own.softness)
-            model.purifier = plain
+        back = gradient is not None
         once = flops(self.classifier, x, back=False)
-        return flops(model, x, back=gradient is not None) / once
+        if isinstance(self.purifier, LangevinPurifier):  # whose chains the counter cannot follow
+            # The way back runs the chain again, and a Hessian product costs as two of its steps.
+            step = flops(self.purifier.energy, x) * (4 if gradient == "exact" else 1)
+            steps = self.purifier.config.steps
+            return replicas * (steps * step + flops(self.classifier, x, back=back)) / once
+        return flops(self.defense(replicas, "cost", gradient or "identity"), x, back=back) / once
 
 
 def section_of(params: Params) -> Systems:

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from defense.systems import SYSTEMS
 from stages import StageError
 from stages.core.artifacts import load_tensors
 from stages.core.console import say
@@ -67,9 +68,9 @@ def robust(result: AttackResult) -> Tensor:
 
 
 def run(params: Params, out: Path) -> None:
-    """Write the report on every system of params.yaml; one without records says "not run"."""
+    """Write the report on every system there is; one without records says "not run"."""
     section, whole = section_of(params), WholeFolder(out, TABLE)
-    lines = [load(params, name) for name in section.settings]
+    lines = [load(params, name) for name in SYSTEMS]
     measured = [line for line in lines if line.results]
     if not measured:
         raise StageError(f"artifacts/{params.run}: no system was attacked; see `attack-system`")
@@ -93,7 +94,8 @@ def run(params: Params, out: Path) -> None:
         costs = systems_pictures.costs({line.name: line.attacks for line in measured})
         style.save(costs, partial / "costs.png")
         write_text(partial / "params.yaml", provenance.as_yaml(params))
-        systems_page.write(params, table, findings(params, measured), flags(measured), partial)
+        shown = list(table.columns), table.to_numpy().tolist()
+        systems_page.write(params, shown, findings(params, measured), flags(measured), partial)
     say(f"report-systems: {out}")
 
 
@@ -139,7 +141,7 @@ def summary(lines: list[Line], attacks: list[str]) -> pd.DataFrame:
     table = []
     for line in lines:
         if not line.results:
-            table.append([line.name, "", "", *[NOT_RUN] * (len(attacks) + 3), ""])
+            table.append([line.name, *[NOT_RUN] * (len(attacks) + 6)])
             continue
         theirs = published[published.system.str.contains(line.about("source"), regex=False)]
         printed = EMPTY
