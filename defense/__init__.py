@@ -17,6 +17,8 @@ fast/               the chain again, fast: FastLangevin; precision; prepacked CP
 gradient/           gradients through the chain, exact or smoothed; Hessian products
 rules/              the update rules: PGD, APGD, Square, noise
 nets/               WideResNet; load_energy, load_classifier
+systems/            purification defenses of other papers
+known_noise         an attacker who knows the defender's noise
 studies/            energies along chains, Lyapunov exponents (12)-(13), the FID, planted attacks
 """
 

@@ -44,7 +44,7 @@ def costs(systems: Mapping[str, Mapping[str, AttackResult]]) -> Figure:
     for ax, (system, results) in zip(axes, systems.items(), strict=False):
         for attack, result in results.items():
             about, labels = result.about, result.images.labels
-            steps = range(about["steps"] + 1) if "rule" in about else [about["steps"]]
+            steps = range(about["steps"] + 1) if "gradient" in about else [about["steps"]]
             robust = [float(result.record.robust(labels, steps=k).float().mean()) for k in steps]
             spent = [about["cost"] * (k + 1) for k in steps]
             colour = COLOURS[names.index(attack) % len(COLOURS)]

@@ -94,8 +94,8 @@ def run(params: Params, out: Path) -> None:
         costs = systems_pictures.costs({line.name: line.attacks for line in measured})
         style.save(costs, partial / "costs.png")
         write_text(partial / "params.yaml", provenance.as_yaml(params))
-        shown = list(table.columns), table.to_numpy().tolist()
-        systems_page.write(params, shown, findings(params, measured), flags(measured), partial)
+        cells = list(table.columns), table.to_numpy().tolist()
+        systems_page.write(params, cells, findings(params, measured), flags(measured), partial)
     say(f"report-systems: {out}")
 
 
@@ -154,14 +154,14 @@ def summary(lines: list[Line], attacks: list[str]) -> pd.DataFrame:
                 line.name,
                 f"{line.about('title')} ({line.about('source')})",
                 printed,
-                str(line.natural()),
+                shown(line.natural()),
                 *(
-                    (f"**{line.robust(a)}**" if a == strongest else str(line.robust(a)))
+                    (f"**{shown(line.robust(a))}**" if a == strongest else shown(line.robust(a)))
                     if a in line.results
                     else EMPTY
                     for a in attacks
                 ),
-                f"{line.worst()} n={line.worst().n}",
+                f"{shown(line.worst())} n={line.worst().n}",
                 strongest,
                 f"{float(line.about('prediction_cost')):,.0f}",
             ]
@@ -169,6 +169,12 @@ def summary(lines: list[Line], attacks: list[str]) -> pd.DataFrame:
     columns = ["system", "what it is", "published, natural / attacked", "natural", *attacks]
     columns += ["all attacks together", "strongest", "cost of a prediction"]
     return pd.DataFrame(table, columns=columns)
+
+
+def shown(accuracy: Accuracy) -> str:
+    """A share with its 95 % interval."""
+    low, high = accuracy.interval
+    return f"{accuracy.value:.3f} [{low:.2f}, {high:.2f}]"
 
 
 def findings(params: Params, lines: list[Line]) -> list[str]:
