@@ -60,7 +60,7 @@ class MENet(RetrainedSystem):
 
     title: ClassVar[str] = "ME-Net"
     source: ClassVar[str] = "Yang et al. 2019"
-    own_attack: ClassVar[str] = "transfer"
+    own_attack: ClassVar[str] = "bpda_eot"  # with one replica
 
     low: float
     high: float

@@ -63,7 +63,7 @@ class RandomizedSmoothing(RetrainedSystem):
 
     title: ClassVar[str] = "randomized smoothing"
     source: ClassVar[str] = "Cohen et al. 2019"
-    own_attack: ClassVar[str] = "bpda_eot"
+    own_attack: ClassVar[str] = ""
 
     sigma: float
 
@@ -77,7 +77,7 @@ class DenoisedSmoothing(DenoiserSystem):
 
     title: ClassVar[str] = "denoised smoothing"
     source: ClassVar[str] = "Salman et al. 2020"
-    own_attack: ClassVar[str] = "bpda_eot"
+    own_attack: ClassVar[str] = ""
 
     def purifier(self, network: Any) -> Purifier:
         return NoiseThenDenoise(network, (self.sigma,))

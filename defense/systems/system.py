@@ -40,7 +40,7 @@ class System:
 
     title: ClassVar[str]
     source: ClassVar[str]  # authors and year, as in the rows of Tables 1-3
-    own_attack: ClassVar[str]  # by which its own paper measured it, of the suite's attacks
+    own_attack: ClassVar[str]  # the strongest of its own paper that the suite has; "": none
 
     @property
     def training(self) -> Fit | None:

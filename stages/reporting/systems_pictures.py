@@ -13,20 +13,20 @@ COLOURS = [GREY, GREEN, ORANGE, BLUE, "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 def arrows(systems: Sequence[tuple[str, float, float, float]]) -> Figure:
     """(name, natural accuracy, under its own paper's attack, under all attacks), a row each.
 
-    Sorted by what is left.
+    Sorted by what is left. NaN: its own paper attacks it with nothing that was run here.
     """
-    ordered = sorted(systems, key=lambda system: (system[3], system[2]))
+    ordered = sorted(systems, key=lambda system: (system[3], system[1]))
+    rows = range(len(ordered))
     figure, (ax,) = panels(1, 1, (7, 0.9 + 0.36 * len(ordered)))
-    for row, (_, natural, own, worst) in enumerate(ordered):
-        ax.plot([natural], [row], "o", color=BLUE, label="natural images" if row == 0 else None)
-        label = "attacked as in its own paper" if row == 0 else None
-        ax.plot([own], [row], "s", color=ORANGE, mfc="white", label=label)
+    names, naturals, owns, worsts = zip(*ordered, strict=True)
+    ax.plot(naturals, rows, "o", color=BLUE, label="natural images")
+    ax.plot(owns, rows, "s", color=ORANGE, mfc="white", label="attacked as in its own paper")
+    for row, own, worst in zip(rows, owns, worsts, strict=True):
         if own > worst:
             arrow = {"arrowstyle": "-|>", "color": ORANGE, "shrinkA": 3, "shrinkB": 0}
             ax.annotate("", (worst, row), (own, row), arrowprops=arrow)
-        label = "after all attacks" if row == 0 else None
-        ax.plot([worst], [row], "|", color=ORANGE, ms=12, mew=2, label=label)
-    ax.set_yticks(range(len(ordered)), [name for name, *_ in ordered])
+    ax.plot(worsts, rows, "|", color=ORANGE, ms=12, mew=2, label="after all attacks")
+    ax.set_yticks(rows, names)
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(ordered) - 0.4), xlabel="accuracy")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return figure

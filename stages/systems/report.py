@@ -1,5 +1,6 @@
 """The report on all systems: a table, two figures and a page, from the records alone."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,11 @@ class Line:
         """Under one attack."""
         return count(robust(self.results[attack]))
 
+    def own(self) -> Accuracy | None:
+        """Under the strongest attack of its own paper; None if that was not run."""
+        attack = self.about("own_attack")
+        return self.robust(attack) if attack in self.results else None
+
     def worst(self) -> Accuracy:
         """Images that withstood every attack, of those that all attacks tried."""
         common = min(len(result.images.labels) for result in self.attacks.values())
@@ -84,7 +90,7 @@ def run(params: Params, out: Path) -> None:
                 (
                     line.about("title") + ", smooth" * ("smooth_" in line.name),
                     line.natural().value,
-                    line.robust(line.about("own_attack")).value,
+                    own.value if (own := line.own()) else math.nan,
                     line.worst().value,
                 )
                 for line in measured
@@ -181,12 +187,11 @@ def findings(params: Params, lines: list[Line]) -> list[str]:
     """Sentences: what the own attack left and what the strongest leaves; the certificates."""
     said = []
     for line in lines:
-        own = line.about("own_attack")
-        if own in line.results:
-            before, after = line.robust(own), line.worst()
+        own, after = line.own(), line.worst()
+        if own is not None:
             said.append(
-                f"{line.name}: {before.value:.2f} under {own}, as in its own paper; "
-                f"{after.value:.2f} after all attacks (n={after.n})"
+                f"{line.name}: {own.value:.2f} under {line.about('own_attack')}, as in its own "
+                f"paper; {after.value:.2f} after all attacks (n={after.n})"
             )
     radius = section_of(params).certificate.l2_255
     for line in lines:
