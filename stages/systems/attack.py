@@ -26,6 +26,7 @@ from stages.systems import certificate
 from stages.systems.build import Built, build, section_of, settings_of, system_of
 
 PGD, TRANSFER, CERTIFICATE = "pgd", "transfer", "certificate"
+BARE = 2.0  # cost of a gradient of the bare classifier: a forward pass, and as much on the way back
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def pgd(params: Params, built: Built) -> Plan:
         generator = make_generator(params.seed, "systems", PGD, shard, device=x.device)
         return run_attack(bare, bare, x, y, config, generator=generator, on_step=on_step)
 
-    said = conditions(config, 3.0)  # a forward pass and a backward pass, which costs twice as much
+    said = conditions(config, BARE)
     return Plan(size.restarts * (size.steps + 1), {}, evaluate, said)
 
 
@@ -196,7 +197,7 @@ def transfer(params: Params, built: Built, made: AttackResult) -> Plan:
         target = built.defense(section.H_def, f"{TRANSFER}/{shard}/target")
         return run_transfer(target, x, made.record.adversarial[rows].to(x.device), y, config)
 
-    said = conditions(config, 3.0, **({"H_def": section.H_def} if built.random else {}))
+    said = conditions(config, BARE, **({"H_def": section.H_def} if built.random else {}))
     return Plan(1, {}, evaluate, said)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from defense.systems import SYSTEMS
+from defense.systems import SYSTEMS, System
 from stages import StageError
 from stages.core.artifacts import load_tensors
 from stages.core.console import say
@@ -35,9 +35,14 @@ class Line:
     results: dict[str, AttackResult]  # by attack; PGD on the bare classifier comes first
     certificate: dict[str, Tensor] | None
 
-    def about(self, key: str) -> str:
-        """What its records say, the same in all of them."""
-        return str(self.results[PGD].about[key]) if self.results else ""
+    @property
+    def system(self) -> type[System]:
+        """What it is."""
+        return SYSTEMS[self.name]
+
+    def title(self) -> str:
+        """Its name for readers."""
+        return self.system.title + ", smooth" * ("smooth_" in self.name)
 
     @property
     def attacks(self) -> dict[str, AttackResult]:
@@ -55,7 +60,7 @@ class Line:
 
     def own(self) -> Accuracy | None:
         """Under the strongest attack of its own paper; None if that was not run."""
-        attack = self.about("own_attack")
+        attack = self.system.own_attack
         return self.robust(attack) if attack in self.results else None
 
     def worst(self) -> Accuracy:
@@ -88,7 +93,7 @@ def run(params: Params, out: Path) -> None:
         arrows = systems_pictures.arrows(
             [
                 (
-                    line.about("title") + ", smooth" * ("smooth_" in line.name),
+                    line.title(),
                     line.natural().value,
                     own.value if (own := line.own()) else math.nan,
                     line.worst().value,
@@ -146,19 +151,20 @@ def summary(lines: list[Line], attacks: list[str]) -> pd.DataFrame:
     published = published[published.table == "2"]
     table = []
     for line in lines:
-        if not line.results:
-            table.append([line.name, *[NOT_RUN] * (len(attacks) + 6)])
-            continue
-        theirs = published[published.system.str.contains(line.about("source"), regex=False)]
+        what = f"{line.title()} ({line.system.source})"
+        theirs = published[published.system.str.contains(line.system.source, regex=False)]
         printed = EMPTY
         if len(theirs):
             row = theirs.iloc[0]
             printed = f"{row.natural} / {row.adversarial} ({row.attack})"
+        if not line.results:
+            table.append([line.name, what, printed, *[NOT_RUN] * (len(attacks) + 4)])
+            continue
         strongest = line.strongest()
         table.append(
             [
                 line.name,
-                f"{line.about('title')} ({line.about('source')})",
+                what,
                 printed,
                 shown(line.natural()),
                 *(
@@ -169,7 +175,7 @@ def summary(lines: list[Line], attacks: list[str]) -> pd.DataFrame:
                 ),
                 f"{shown(line.worst())} n={line.worst().n}",
                 strongest,
-                f"{float(line.about('prediction_cost')):,.0f}",
+                f"{float(line.results[PGD].about['prediction_cost']):,.0f}",
             ]
         )
     columns = ["system", "what it is", "published, natural / attacked", "natural", *attacks]
@@ -190,7 +196,7 @@ def findings(params: Params, lines: list[Line]) -> list[str]:
         own, after = line.own(), line.worst()
         if own is not None:
             said.append(
-                f"{line.name}: {own.value:.2f} under {line.about('own_attack')}, as in its own "
+                f"{line.name}: {own.value:.2f} under {line.system.own_attack}, as in its own "
                 f"paper; {after.value:.2f} after all attacks (n={after.n})"
             )
     radius = section_of(params).certificate.l2_255
