@@ -177,7 +177,7 @@ def test_the_report_has_a_row_for_each_system_and_says_what_was_not_run(folder: 
     shutil.rmtree(RECORDS / "jpeg")
     assert command("report-systems --out again").exit_code == 0
     page = Path("again/index.html").read_text()
-    assert page.count("<td>not run</td>") == 6 + len(PRESET["attacks"]) + 1
+    assert page.count("<td>not run</td>") == len(PRESET["attacks"]) + 5
     table = Path("again/systems.md").read_text()
     assert "0.95 / 0.09 (BPDA)" in table  # PixelDefend's published row
     assert 'src="data:image/png' in page
@@ -189,6 +189,8 @@ def test_the_report_takes_the_worst_over_all_attacks(folder: Path) -> None:
     line = report.load(params, "score")
     robust = torch.stack([report.robust(result) for result in line.attacks.values()])
     assert line.worst().right == float(robust.all(0).sum())
+    assert line.own() == line.robust("bpda_eot")
+    assert report.load(params, "smoothing").own() is None  # its paper has a certificate
     assert line.worst().value <= line.robust(line.strongest()).value
     assert line.robust(line.strongest()).value == min(
         line.robust(attack).value for attack in line.attacks
