@@ -60,7 +60,7 @@ class MENet(RetrainedSystem):
 
     title: ClassVar[str] = "ME-Net"
     source: ClassVar[str] = "Yang et al. 2019"
-    own_attack: ClassVar[str] = "bpda_eot"  # with one replica
+    own_attack: ClassVar[str] = "bpda_eot"
 
     low: float
     high: float
